@@ -1,0 +1,370 @@
+//! Buffers and records in DMA memory, and which of them one queue can address.
+//!
+//! # Why this module is unsafe, and what makes it sound
+//! A region's bytes are reached through raw pointers, because a device shares them. The invariant: a region is
+//! claimed once, by the first [`DmaBuf`] made of it; every byte belongs from then on to exactly one `DmaBuf` (or to
+//! the [`Records`] made from one), since splitting is the only way to get another. So a `&mut [u8]` from an
+//! exclusively borrowed buffer overlaps no other reference. Memory that the CPU and the device use *at the same
+//! time* (records) is never a reference: it is read and written by raw copies and atomics alone. That the
+//! device leaves a buffer alone once the driver gave it back is the device's part; `check=leases` proves it for a
+//! software device.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use underpass_iommu::{Access, Error, ErrorKind, Ioas, Iova, Leases, Mapping, Region, Result};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// An owned piece of a [`Region`]: memory that can be handed to a device.
+pub struct DmaBuf {
+    region: Arc<Region>,
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a DmaBuf owns its bytes (module invariant), which are plain memory, and a Region is Send and Sync.
+unsafe impl Send for DmaBuf {}
+// SAFETY: through a shared reference a DmaBuf only gives out shared slices.
+unsafe impl Sync for DmaBuf {}
+
+impl DmaBuf {
+    /// The whole of `region` as one buffer, to be split as needed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a buffer was made of this region before.
+    pub fn new(region: Arc<Region>) -> Result<Self> {
+        if !region.claim() {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "make a buffer of a region",
+                "its memory has an owner already",
+            )
+            .mend("split the buffer that exists, or build a region of its own"));
+        }
+        let (ptr, len) = (region.as_ptr(), region.len() as usize);
+        Ok(Self { region, ptr, len })
+    }
+
+    /// A buffer of `len` bytes in a region of its own, of the largest pages that suit.
+    pub fn allocate(len: usize) -> Result<Self> {
+        let mut buf = Self::new(Region::builder(len as u64).build()?)?;
+        buf.len = len;
+        Ok(buf)
+    }
+
+    /// The region that it is a piece of.
+    #[inline]
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// Length in bytes.
+    #[inline]
+    #[allow(clippy::len_without_is_empty, reason = "the slice that it derefs to has is_empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Offset of its first byte in the region.
+    pub fn offset(&self) -> usize {
+        self.ptr.as_ptr() as usize - self.region.as_ptr().as_ptr() as usize
+    }
+
+    /// Splits off the bytes from `at` on; `self` keeps those before.
+    ///
+    /// # Panics
+    /// If `at` is past the end.
+    #[must_use = "the bytes split off are lost to the region when this is dropped"]
+    pub fn split_off(&mut self, at: usize) -> Self {
+        assert!(at <= self.len, "split at {at} of a buffer of {} bytes", self.len);
+        // SAFETY: at <= len, so the result points into the same region or one past its end.
+        let ptr = unsafe { self.ptr.add(at) };
+        let len = std::mem::replace(&mut self.len, at) - at;
+        Self { region: Arc::clone(&self.region), ptr, len }
+    }
+
+    /// Splits off the first `at` bytes; `self` keeps those after.
+    ///
+    /// # Panics
+    /// If `at` is past the end.
+    #[must_use = "the bytes split off are lost to the region when this is dropped"]
+    pub fn split_to(&mut self, at: usize) -> Self {
+        let rest = self.split_off(at);
+        std::mem::replace(self, rest)
+    }
+
+    /// Joins `next` back on, if it starts where `self` ends; else gives it back.
+    #[allow(clippy::result_large_err, reason = "the buffer itself comes back")]
+    pub fn join(&mut self, next: Self) -> Result<(), Self> {
+        let adjacent = Arc::ptr_eq(&self.region, &next.region)
+            && self.ptr.as_ptr() as usize + self.len == next.ptr.as_ptr() as usize;
+        if !adjacent {
+            return Err(next);
+        }
+        self.len += next.len;
+        Ok(())
+    }
+
+    /// Cuts the buffer into pieces of `len` bytes; a shorter rest is dropped.
+    ///
+    /// # Panics
+    /// If `len` is zero.
+    pub fn into_chunks(mut self, len: usize) -> Vec<Self> {
+        assert_ne!(len, 0, "chunks of no bytes");
+        let mut chunks = Vec::with_capacity(self.len / len);
+        while self.len >= len {
+            chunks.push(self.split_to(len));
+        }
+        chunks
+    }
+
+    /// Freezes it into the read-only form that several jobs can share. `Arc::try_unwrap` gets it back.
+    pub fn freeze(self) -> Arc<Self> {
+        Arc::new(self)
+    }
+
+    /// The address of its first byte in this process.
+    #[inline]
+    pub fn as_ptr(&self) -> *const u8 {
+        self.ptr.as_ptr()
+    }
+}
+
+impl Deref for DmaBuf {
+    type Target = [u8];
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: ptr and len lie inside the region, which self keeps mapped; nobody else has a mutable
+        // reference to these bytes (module invariant), and a region's bytes are always initialised.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for DmaBuf {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in deref; and self is borrowed exclusively, so no other reference to these bytes exists.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl fmt::Debug for DmaBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaBuf({} bytes at +{:#x} of {:?})", self.len, self.offset(), self.region)
+    }
+}
+
+/// What one queue can address: an address space and a table from region to IOVA, so that finding a buffer's
+/// IOVA is one load, and a buffer of a region that is not mapped is refused before the device sees it.
+///
+/// The owner keeps the order that DMA needs: it stops the device before it drops this, which unmaps.
+pub struct DmaSpace {
+    /// By region id: what to add to a pointer to get its IOVA, or [`NOT_MAPPED`].
+    bases: Vec<u64>,
+    /// For every region, as under SVA: IOVA = VA.
+    identity: bool,
+    leases: Option<Arc<dyn Leases>>,
+    mappings: Vec<Mapping>,
+    ioas: Option<Ioas>,
+}
+
+/// Not a difference of two page-aligned addresses.
+const NOT_MAPPED: u64 = u64::MAX;
+
+impl DmaSpace {
+    /// A space in which nothing is mapped yet.
+    pub fn new(ioas: Ioas) -> Self {
+        let leases = ioas.leases();
+        Self { bases: Vec::new(), identity: false, leases, mappings: Vec::new(), ioas: Some(ioas) }
+    }
+
+    /// The process's own address space (SVA): every buffer can be addressed, at its own address.
+    pub fn shared_virtual() -> Self {
+        Self { bases: Vec::new(), identity: true, leases: None, mappings: Vec::new(), ioas: None }
+    }
+
+    /// Maps `region`. Under SVA there is nothing to do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if it is mapped already; the IOMMU's refusal.
+    pub fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
+        let Some(ioas) = &self.ioas else { return Ok(()) };
+        let id = region.id().index();
+        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) {
+            return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already"));
+        }
+        let mapping = ioas.map(region, access)?;
+        if self.bases.len() <= id {
+            self.bases.resize(id + 1, NOT_MAPPED);
+        }
+        self.bases[id] = mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64);
+        self.mappings.push(mapping);
+        Ok(())
+    }
+
+    /// Unmaps `region`; returns once no DMA can touch it any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not mapped; the IOMMU's refusal.
+    pub fn unmap(&mut self, region: &Arc<Region>) -> Result<()> {
+        if self.identity {
+            return Ok(());
+        }
+        let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
+        })?;
+        self.bases[region.id().index()] = NOT_MAPPED;
+        self.mappings.swap_remove(at).unmap()
+    }
+
+    /// The buffer's address for the device, or `None` if its region is not mapped here.
+    #[inline]
+    pub fn iova(&self, buf: &DmaBuf) -> Option<Iova> {
+        let va = buf.ptr.as_ptr() as u64;
+        match self.bases.get(buf.region.id().index()) {
+            Some(&base) if base != NOT_MAPPED => Some(Iova::new(va.wrapping_add(base))),
+            _ if self.identity => Some(Iova::new(va)),
+            _ => None,
+        }
+    }
+
+    /// [`iova`](Self::iova) for a buffer that goes to the device now: registers the lease where those are checked.
+    /// Each is matched by one [`take_back`](Self::take_back).
+    #[inline]
+    pub fn hand_out(&self, buf: &DmaBuf, access: Access) -> Option<Iova> {
+        let iova = self.iova(buf)?;
+        if let Some(leases) = &self.leases {
+            leases.grant(iova, buf.len as u64, access);
+        }
+        Some(iova)
+    }
+
+    /// The buffer came back from the device. Where leases are checked, returns once no DMA under it is in flight.
+    #[inline]
+    pub fn take_back(&self, buf: &DmaBuf, access: Access) {
+        if let Some(leases) = &self.leases
+            && let Some(iova) = self.iova(buf)
+        {
+            leases.take_back(iova, buf.len as u64, access);
+        }
+    }
+
+    /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
+    /// allocated for the rest of the process.
+    pub fn leak(self) {
+        tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
+        #[allow(clippy::mem_forget, reason = "the memory must outlive the device's last write, which has no time")]
+        std::mem::forget(self);
+    }
+}
+
+impl fmt::Debug for DmaSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaSpace")
+            .field("ioas", &self.ioas)
+            .field("mappings", &self.mappings)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An array of records that the CPU and the device both use: descriptors, completion records. Never lent as
+/// references: each access copies, or is an atomic operation on one 64-bit word.
+pub struct Records<T> {
+    buf: DmaBuf,
+    iova: Iova,
+    _records: PhantomData<T>,
+}
+
+impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
+    /// As many records as fit into `buf`, zeroed, and handed to the device for good.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, is not aligned to `T` or to 8 bytes, or `T` is
+    /// not a multiple of 8 bytes.
+    pub fn new(mut buf: DmaBuf, space: &DmaSpace, access: Access) -> Result<Self> {
+        let align = align_of::<T>().max(8);
+        let invalid = |why| Error::new(ErrorKind::InvalidInput, "make records in DMA memory", why);
+        if !(buf.as_ptr() as usize).is_multiple_of(align) || !size_of::<T>().is_multiple_of(8) {
+            return Err(invalid("the buffer is not aligned for them"));
+        }
+        buf.fill(0);
+        let iova = space.hand_out(&buf, access).ok_or_else(|| invalid("the buffer is not mapped"))?;
+        Ok(Self { buf, iova, _records: PhantomData })
+    }
+
+    /// How many.
+    #[inline]
+    #[allow(clippy::len_without_is_empty, reason = "an empty array of records is of no use")]
+    pub fn len(&self) -> usize {
+        self.buf.len / size_of::<T>()
+    }
+
+    /// Where record `index` is for the device.
+    ///
+    /// # Panics
+    /// If there is no such record.
+    #[inline]
+    pub fn iova(&self, index: usize) -> Iova {
+        assert!(index < self.len(), "record {index} of {}", self.len());
+        self.iova.wrapping_add((index * size_of::<T>()) as u64)
+    }
+
+    /// Copies `value` into record `index`. Publish it with a store to a handshake word or a doorbell.
+    ///
+    /// # Panics
+    /// If there is no such record.
+    #[inline]
+    pub fn write(&self, index: usize, value: &T) {
+        let ptr = self.ptr(index);
+        // SAFETY: ptr is aligned for T and inside the buffer, which self owns; no reference to it exists.
+        unsafe { ptr.write(std::ptr::read(value)) };
+    }
+
+    /// Copies record `index` out. The device may be writing it: whatever comes out is to be checked, and read
+    /// once.
+    ///
+    /// # Panics
+    /// If there is no such record.
+    #[inline]
+    pub fn read(&self, index: usize) -> T {
+        let ptr = self.ptr(index);
+        // SAFETY: ptr is aligned for T and inside the buffer, whose bytes are initialised; any bytes are a T
+        // (FromBytes). Volatile: the device may write them meanwhile, and the compiler must not read twice.
+        unsafe { ptr.read_volatile() }
+    }
+
+    /// The 64-bit word at byte `offset` of record `index`, for a handshake.
+    ///
+    /// # Panics
+    /// If there is no such record, or `offset` is not a multiple of 8 inside it.
+    #[inline]
+    pub fn word(&self, index: usize, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset < size_of::<T>(), "word at {offset}");
+        // SAFETY: the offset is inside the record.
+        let ptr = unsafe { self.ptr(index).cast::<u8>().add(offset) };
+        #[allow(clippy::cast_ptr_alignment, reason = "records start on multiples of 8, checked in new")]
+        let ptr = ptr.cast::<u64>();
+        // SAFETY: ptr is aligned to 8 and valid as long as self; the word is accessed atomically or by the raw
+        // copies above, which the handshake orders.
+        unsafe { AtomicU64::from_ptr(ptr) }
+    }
+
+    #[inline]
+    fn ptr(&self, index: usize) -> *mut T {
+        assert!(index < self.len(), "record {index} of {}", self.len());
+        #[allow(clippy::cast_ptr_alignment, reason = "alignment was checked in new")]
+        let first = self.buf.ptr.as_ptr().cast::<T>();
+        // SAFETY: index is inside the buffer.
+        unsafe { first.add(index) }
+    }
+}
+
+impl<T> fmt::Debug for Records<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Records({:?} at {})", self.buf, self.iova)
+    }
+}

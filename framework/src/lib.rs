@@ -1,0 +1,27 @@
+//! underpass: a poll-mode framework for driving PCI devices from user space.
+//!
+//! An application opens a device through `underpass_drivers`, gets queues (here: [`accel::Channel`]s), gives
+//! each memory that it may use, and polls. See the README's thirty lines.
+//!
+//! What is where, from the application downwards:
+//! - [`accel`]: the class of devices that do jobs on memory. A job owns its buffers until it comes back.
+//! - [`dma`]: buffers in DMA memory, and which of them one queue can address.
+//! - [`worker`]: pinned threads that poll, their counters and how they idle.
+//! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over a software model of it.
+//! - [`model`]: what such a model implements.
+//!
+//! `unsafe` lives in [`bar`] (MMIO) and [`dma`] (memory that a device shares); each of them starts with the
+//! invariant that makes it sound.
+
+pub mod accel;
+pub mod bar;
+mod burst;
+pub mod dma;
+pub mod interrupt;
+pub mod model;
+pub mod pci;
+pub mod worker;
+
+pub use burst::Burst;
+pub use underpass_iommu as iommu;
+pub use underpass_iommu::{Access, Error, ErrorKind, Fault, Iova, Pasid, Region, Result};
