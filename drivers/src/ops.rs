@@ -208,11 +208,11 @@ mod tests {
         let count: [u8; 32] = std::array::from_fn(|n| n as u8);
         let mut down = count;
         down.reverse();
-        // RFC 3720, appendix B.4.
-        assert_eq!(crc32c(0, &[0; 32]), 0xaa36_918a);
-        assert_eq!(crc32c(0, &[0xff; 32]), 0x43ab_a862);
-        assert_eq!(crc32c(0, &count), 0x46dd_794e);
-        assert_eq!(crc32c(0, &down), 0x5cdb_3f11);
+        // RFC 3720, appendix B.4, which prints the bytes in the order that they are sent: low byte first.
+        assert_eq!(crc32c(0, &[0; 32]).to_le_bytes(), [0xaa, 0x36, 0x91, 0x8a]);
+        assert_eq!(crc32c(0, &[0xff; 32]).to_le_bytes(), [0x43, 0xab, 0xa8, 0x62]);
+        assert_eq!(crc32c(0, &count).to_le_bytes(), [0x4e, 0x79, 0xdd, 0x46]);
+        assert_eq!(crc32c(0, &down).to_le_bytes(), [0x5c, 0xdb, 0x3f, 0x11]);
         assert_eq!(crc32c(0, b"123456789"), 0xe306_9283);
         assert_eq!(
             crc32c(crc32c(0, b"1234"), b"56789"),
