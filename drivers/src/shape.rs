@@ -1,5 +1,6 @@
 //! Whether a job's buffers fit together: what every channel asks before it takes one.
 
+use underpass::Access;
 use underpass::accel::{Limits, Op, Reason};
 use underpass::dma::DmaBuf;
 
@@ -130,4 +131,37 @@ fn delta_aligned(buf: &DmaBuf) -> bool {
 /// Whether `src` bytes are whole blocks of `from` bytes, and as many blocks of `to` bytes are `dst` bytes.
 fn blocks_fit(src: usize, from: usize, dst: usize, to: usize) -> bool {
     src.is_multiple_of(from) && dst.is_multiple_of(to) && src / from == dst / to
+}
+
+/// The buffers of a job, each with what the channel does to it.
+pub(crate) fn operands(op: &Op) -> impl Iterator<Item = (&DmaBuf, Access)> {
+    const R: Access = Access::READ;
+    const W: Access = Access::WRITE;
+    let operands: [Option<(&DmaBuf, Access)>; 3] = match op {
+        Op::Nop | Op::Drain | Op::Probe { .. } => [None, None, None],
+        Op::CopyWithin { buf, .. } => [Some((buf, Access::READ_WRITE)), None, None],
+        Op::CacheFlush { buf } => [Some((buf, R)), None, None],
+        Op::Fill { dst, .. } => [Some((dst, W)), None, None],
+        Op::ComparePattern { src, .. } | Op::Crc { src, .. } | Op::DifCheck { src, .. } => {
+            [Some((src.buf(), R)), None, None]
+        }
+        Op::Compare { a, b } => [Some((a.buf(), R)), Some((b.buf(), R)), None],
+        Op::Copy { src, dst }
+        | Op::CopyCrc { src, dst, .. }
+        | Op::DifInsert { src, dst, .. }
+        | Op::DifStrip { src, dst, .. }
+        | Op::DifUpdate { src, dst, .. }
+        | Op::ApplyDelta { delta: src, dst, .. } => [Some((src.buf(), R)), Some((dst, W)), None],
+        Op::CreateDelta {
+            original,
+            modified,
+            delta,
+        } => [
+            Some((original.buf(), R)),
+            Some((modified.buf(), R)),
+            Some((delta, W)),
+        ],
+        Op::Dualcast { src, dst1, dst2 } => [Some((src.buf(), R)), Some((dst1, W)), Some((dst2, W))],
+    };
+    operands.into_iter().flatten()
 }
