@@ -276,7 +276,14 @@ fn fill(
             };
             // SAFETY: it was made just now, or a NODE entry holds it; nobody else unlinks nodes.
             let below = unsafe { &*below };
-            fill(below, level - 1, Range { start: at, end: next }, origin, leaf, retired)?;
+            fill(
+                below,
+                level - 1,
+                Range { start: at, end: next },
+                origin,
+                leaf,
+                retired,
+            )?;
         }
         at = next;
     }
