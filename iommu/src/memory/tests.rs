@@ -1,3 +1,4 @@
+use std::fmt::Write;
 use std::fs;
 use std::sync::Mutex;
 
@@ -102,7 +103,7 @@ fn small_pages_too_are_congruent_to_2_mib_and_all_there() {
         assert_eq!(region.as_ptr().addr().get() as u64 % (2 * MIB), 0);
         assert!(region.preferred_iova().unwrap().is_aligned_to(2 * MIB));
         let stat = rustix::fs::fstat(region.fd().unwrap()).unwrap();
-        assert_eq!(stat.st_blocks as u64 * 512, len, "populated");
+        assert_eq!(u64::try_from(stat.st_blocks).unwrap() * 512, len, "populated");
         store(&region, len - 1, 9);
         assert_eq!(load(&region, len - 1), 9);
     }
@@ -312,7 +313,7 @@ impl tracing::Subscriber for Warnings {
         struct Message(String);
         impl tracing::field::Visit for Message {
             fn record_debug(&mut self, _: &tracing::field::Field, value: &dyn fmt::Debug) {
-                self.0 += &format!("{value:?}");
+                self.0.write_fmt(format_args!("{value:?}")).unwrap();
             }
         }
         let mut message = Message(String::new());
