@@ -9,7 +9,6 @@ use underpass::{Access, Iova};
 use crate::dsa::spec::{
     CompletionRecord, DELTA_ENTRY, DELTA_MIN_SIZE, Descriptor, DifControl, DifDestinationFlags,
     DifSourceFlags, DifTags, GenCap, Handshake, Opcode, Status, compare_result, delta_result, dif_result,
-    flag,
 };
 use crate::shape::transfer_size;
 

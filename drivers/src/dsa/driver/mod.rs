@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use underpass::accel::{Accelerator, Channel, Config, Limits, OpKind, State};
+use underpass::accel::{Accelerator, Channel, Config, Limits, State};
 use underpass::dma::DmaSpace;
 use underpass::iommu::{Attachment, OwnedPasid};
 use underpass::pci::PciDevice;
@@ -234,9 +234,7 @@ impl Dsa {
         let space = |_| {
             let pasid = Pasid::allocate_up_to(pasids)?;
             let (with_pasid, dma) = match config.sva {
-                Some(token) => {
-                    (iommu.attach_sva(device, pasid.get(), token)?, DmaSpace::shared_virtual())
-                }
+                Some(token) => (iommu.attach_sva(device, pasid.get(), token)?, DmaSpace::shared_virtual()),
                 None => {
                     let ioas = iommu.alloc_ioas()?;
                     (ioas.attach(device, Some(pasid.get()))?, DmaSpace::new(ioas))

@@ -492,7 +492,8 @@ impl Channel for WorkQueue {
         let until = Instant::now() + timeout;
         loop {
             let Some(interrupt) = &self.place.interrupt else {
-                let error = self.error(ErrorKind::Unsupported, "wait", "its channels were set up without interrupts");
+                let error =
+                    self.error(ErrorKind::Unsupported, "wait", "its channels were set up without interrupts");
                 return Err(error.mend("set Config::interrupts, or poll"));
             };
             // Emptied before looking: whatever completes after the look signals it again.

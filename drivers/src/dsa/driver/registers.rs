@@ -11,10 +11,10 @@ use underpass::pci::PciDevice;
 use underpass::{Error, ErrorKind, Pasid, Result};
 
 use crate::dsa::spec::{
-    CmdSts, Command, CommandError, Cmd, DEVICE_IDS, DeviceState, EngCap, GRPCFG_ENGINES, GRPCFG_FLAGS,
+    Cmd, CmdSts, Command, CommandError, DEVICE_IDS, DeviceState, EngCap, GRPCFG_ENGINES, GRPCFG_FLAGS,
     GRPCFG_STRIDE, GRPCFG_WQS, GenCap, GenCfg, GenSts, GrpCap, GrpFlags, MSIXPERM_STRIDE, MsixPerm, Offsets,
-    PORTAL_BAR, PORTAL_STRIDE, REGISTER_BAR, Status, SubmissionError, SwErr, SwErrBatch, TABLE_UNIT, VENDOR_ID,
-    WqCap, WqLimits, WqMode, WqSize, WqState, WqStatus, WqThreshold, reg, wq_operand, wqcfg,
+    PORTAL_BAR, PORTAL_STRIDE, REGISTER_BAR, Status, SubmissionError, SwErr, SwErrBatch, TABLE_UNIT,
+    VENDOR_ID, WqCap, WqLimits, WqMode, WqSize, WqState, WqStatus, WqThreshold, reg, wq_operand, wqcfg,
 };
 
 /// A command that takes longer than this has failed. Real parts take milliseconds, a drain as long as its jobs.
@@ -106,7 +106,8 @@ fn nonsense(register: &str, value: u64, why: impl std::fmt::Display) -> Error {
 fn table(bar: &Bar, name: &str, unit: u16, len: u64) -> Result<Bar> {
     let offset = u64::from(unit) * TABLE_UNIT;
     if offset < FIXED_REGISTERS || offset + len > bar.len() {
-        let why = format!("{name} of {len:#x} bytes at {offset:#x} is not inside BAR 0 of {:#x} bytes", bar.len());
+        let why =
+            format!("{name} of {len:#x} bytes at {offset:#x} is not inside BAR 0 of {:#x} bytes", bar.len());
         return Err(nonsense("OFFSETS", u64::from(unit), why));
     }
     bar.window(offset, len)
@@ -267,7 +268,11 @@ impl Registers {
         let status = self.wq_status(index);
         if status.state() != WqState::Enabled {
             let why = "the work queue is not enabled, though the command to enable it succeeded";
-            return Err(nonsense(&format!("WQCFG {index}, its status word,"), status.into_bits().into(), why));
+            return Err(nonsense(
+                &format!("WQCFG {index}, its status word,"),
+                status.into_bits().into(),
+                why,
+            ));
         }
         Ok(())
     }
@@ -384,7 +389,8 @@ impl Registers {
             needs[usize::from(status.reset_type() & 3)],
         );
         Some(DeviceError {
-            error: Error::new(ErrorKind::Device, "go on", why).mend("reset its channels; their jobs come back"),
+            error: Error::new(ErrorKind::Device, "go on", why)
+                .mend("reset its channels; their jobs come back"),
             stalls: 0..usize::MAX,
         })
     }
