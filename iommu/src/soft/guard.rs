@@ -108,20 +108,27 @@ pub(super) fn wait_for(devices: &[Waiting]) {
 
 #[cfg(not(loom))]
 mod barrier {
-    use std::sync::LazyLock;
-    use std::sync::atomic::{Ordering, fence};
+    use std::sync::atomic::{AtomicU8, Ordering, fence};
 
-    /// Whether the process is registered for expedited barriers: asked once, before the first slot exists.
-    static REGISTERED: LazyLock<bool> =
-        LazyLock::new(|| membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED).is_ok());
+    const UNKNOWN: u8 = 0;
+    const REFUSED: u8 = 1;
+    const REGISTERED: u8 = 2;
+
+    /// Whether the process is registered for expedited barriers. Asked before the first slot exists; asking twice
+    /// at once does no harm, and the answer never changes.
+    static STATE: AtomicU8 = AtomicU8::new(UNKNOWN);
 
     pub(super) fn asymmetric() -> bool {
-        *REGISTERED
+        if STATE.load(Ordering::Acquire) == UNKNOWN {
+            let registered = membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED).is_ok();
+            STATE.store(if registered { REGISTERED } else { REFUSED }, Ordering::Release);
+        }
+        STATE.load(Ordering::Acquire) == REGISTERED
     }
 
     pub(super) fn heavy() {
         fence(Ordering::SeqCst);
-        if *REGISTERED {
+        if STATE.load(Ordering::Acquire) == REGISTERED {
             // Once registered it fails only for lack of kernel memory. The buses have no barrier of their own
             // then, and going on could free memory under a device.
             while membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED).is_err() {
