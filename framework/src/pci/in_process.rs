@@ -34,7 +34,7 @@ impl Host for ModelHost {
 
 /// The register side, shared by the device, its configuration space and its BARs.
 pub(super) struct InProcess {
-    name: Box<str>,
+    name: String,
     registers: Mutex<Registers>,
     vectors: usize,
     interrupts: Interrupts,
@@ -72,7 +72,7 @@ impl InProcess {
             Run::Threads { cores } => (spawn(soft.name(), engines, &cores)?, Vec::new()),
         };
         let function = Self {
-            name: soft.name().into(),
+            name: soft.name().to_owned(),
             vectors: model.vectors(),
             registers: Mutex::new(Registers { model, config }),
             interrupts,
@@ -114,7 +114,7 @@ impl InProcess {
                 true
             }
             Err(payload) => {
-                let error = engine_panicked(&self.name, panic_message(&*payload));
+                let error = self.engine_panicked(&panic_message(&*payload));
                 tracing::error!("{error}");
                 self.engine_failure.get_or_init(|| error);
                 false
@@ -129,6 +129,15 @@ impl InProcess {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+    }
+
+    fn engine_panicked(&self, message: &str) -> Error {
+        Error::new(
+            ErrorKind::Gone,
+            "run an engine",
+            format!("it panicked: {message}"),
+        )
+        .device(self.name.clone())
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
@@ -165,6 +174,7 @@ impl Engines {
         self.0.iter().map(Worker::core).collect()
     }
 
+    /// The first panic of one of them. The worker's name says which device it was.
     pub(super) fn failure(&self) -> Option<Error> {
         self.0.iter().find_map(Worker::failure)
     }
@@ -191,15 +201,6 @@ fn spawn(device: &str, engines: Vec<Box<dyn Engine>>, cores: &[usize]) -> Result
         .map_err(|error| error.device(device.to_owned()))
     };
     engines.into_iter().enumerate().map(start).collect()
-}
-
-fn engine_panicked(device: &str, message: String) -> Error {
-    Error::new(
-        ErrorKind::Gone,
-        "run an engine",
-        format!("it panicked: {message}"),
-    )
-    .device(device.to_owned())
 }
 
 /// The BAR that `spec` describes.
