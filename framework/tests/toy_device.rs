@@ -154,7 +154,11 @@ impl Model for Toy {
             .store(config.bus_master(), Ordering::Relaxed);
     }
     fn reset(&mut self) {
-        let _no_step = self.shared.stepping.lock().unwrap_or_else(PoisonError::into_inner);
+        let _no_step = self
+            .shared
+            .stepping
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         self.portals
             .iter()
             .for_each(|portal| while portal.0.pop().is_some() {});
