@@ -22,6 +22,7 @@ fn status_of_this_thread(key: &str) -> String {
 fn a_worker_runs_on_its_core_under_its_name() {
     let core = *cores().last().expect("this process runs somewhere");
     let (send, receive) = mpsc::channel();
+<<<<<<< HEAD
     let worker = Worker::spawn(
         WorkerConfig {
             core: Some(core),
@@ -47,6 +48,17 @@ fn a_worker_runs_on_its_core_under_its_name() {
         receive.recv().unwrap(),
         (core.to_string(), "ft:dsa/engine12".to_owned(), listed)
     );
+=======
+    let worker =
+        Worker::spawn(WorkerConfig { core: Some(core), ..config("soft:dsa/engine12") }, move |context| {
+            let seen = (status_of_this_thread("Cpus_allowed_list"), status_of_this_thread("Name"));
+            assert_eq!((context.name(), context.core()), ("soft:dsa/engine12", Some(core)));
+            send.send(seen).unwrap();
+            Work::Finished
+        })
+        .unwrap();
+    assert_eq!(receive.recv().unwrap(), (core.to_string(), "ft:dsa/engine12".to_owned()));
+>>>>>>> main
     assert_eq!((worker.name(), worker.core()), ("soft:dsa/engine12", Some(core)));
     worker.join().unwrap();
 }
@@ -55,6 +67,7 @@ fn a_worker_runs_on_its_core_under_its_name() {
 fn a_core_that_does_not_exist_is_an_error_that_lists_those_that_do() {
     // 1024 and more make core_affinity abort the process if they ever get to it.
     for core in [1023, 1024, 5000, usize::MAX] {
+<<<<<<< HEAD
         let error = Worker::spawn(
             WorkerConfig {
                 core: Some(core),
@@ -63,6 +76,10 @@ fn a_core_that_does_not_exist_is_an_error_that_lists_those_that_do() {
             |_| Work::Finished,
         )
         .unwrap_err();
+=======
+        let error =
+            Worker::spawn(WorkerConfig { core: Some(core), ..config("w") }, |_| Work::Finished).unwrap_err();
+>>>>>>> main
         assert_eq!(error.kind(), ErrorKind::NotFound);
         let text = error.to_string();
         assert!(
