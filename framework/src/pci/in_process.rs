@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use underpass_iommu::soft::{Bus, SoftDevice};
-use underpass_iommu::{Error, ErrorKind, Result};
+use underpass_iommu::{Attachable, Error, ErrorKind, Result};
 
 use super::{ConfigSpace, Function, Run};
 use crate::bar::Bar;
