@@ -257,7 +257,10 @@ impl DmaSpace {
     /// allocated for the rest of the process.
     pub fn leak(self) {
         tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
-        #[allow(clippy::mem_forget, reason = "the memory must outlive the device's last write, which has no time")]
+        #[allow(
+            clippy::mem_forget,
+            reason = "the memory must outlive the device's last write, which has no time"
+        )]
         std::mem::forget(self);
     }
 }

@@ -151,8 +151,7 @@ impl Ioas {
     pub fn attach(&self, device: &dyn Attachable, pasid: Option<Pasid>) -> Result<Attachment> {
         let mut iovas = self.0.iovas();
         let ops = self.0.ops.attach(device, pasid).map_err(|e| e.device(device.name().to_owned()))?;
-        let attachment =
-            Attachment { ops, pasid, name: device.name().into(), ioas: Some(self.clone()) };
+        let attachment = Attachment { ops, pasid, name: device.name().into(), ioas: Some(self.clone()) };
         // On failure the attachment is dropped, and with it the device detached.
         iovas.restrict(self.0.ops.usable_iovas()).map_err(|e| e.device(device.name().to_owned()))?;
         drop(iovas);

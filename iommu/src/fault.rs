@@ -117,7 +117,11 @@ mod tests {
             });
         }
         assert_eq!(queue.dropped(), 3);
-        assert_eq!(queue.pop().unwrap().iova, Iova::new(0), "the oldest record is the one that tells the cause");
+        assert_eq!(
+            queue.pop().unwrap().iova,
+            Iova::new(0),
+            "the oldest record is the one that tells the cause"
+        );
         assert_eq!(queue.pop().unwrap().iova, Iova::new(0x1000));
         assert!(queue.pop().is_none());
     }
