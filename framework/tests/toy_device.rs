@@ -31,10 +31,7 @@ const POISON: u64 = u64::MAX;
 /// A descriptor: PASID, source, destination, length, record, each a 64-bit word.
 fn descriptor(pasid: u32, src: Iova, dst: Iova, len: u64, record: u64) -> [u8; 64] {
     let mut bytes = [0; 64];
-    for (n, word) in [u64::from(pasid), src.get(), dst.get(), len, record]
-        .into_iter()
-        .enumerate()
-    {
+    for (n, word) in [u64::from(pasid), src.get(), dst.get(), len, record].into_iter().enumerate() {
         bytes[n * 8..][..8].copy_from_slice(&word.to_le_bytes());
     }
     bytes
@@ -91,30 +88,11 @@ impl Model for Toy {
             .with_extended(ext_cap::PASID, 1, &[0, 20, 0, 0], &[0, 0, 1])
     }
     fn bars(&self) -> Vec<BarSpec> {
-        let targets = self
-            .portals
-            .iter()
-            .map(|portal| Arc::clone(portal) as Arc<dyn Doorbell>)
-            .collect();
+        let targets = self.portals.iter().map(|portal| Arc::clone(portal) as Arc<dyn Doorbell>).collect();
         vec![
-            BarSpec {
-                index: 0,
-                len: 64,
-                kind: BarKind::Registers,
-            },
-            BarSpec {
-                index: 2,
-                len: 4 * PORTAL,
-                kind: BarKind::Doorbells {
-                    page: PORTAL,
-                    targets,
-                },
-            },
-            BarSpec {
-                index: 4,
-                len: 4096,
-                kind: BarKind::Memory(self.memory.clone()),
-            },
+            BarSpec { index: 0, len: 64, kind: BarKind::Registers },
+            BarSpec { index: 2, len: 4 * PORTAL, kind: BarKind::Doorbells { page: PORTAL, targets } },
+            BarSpec { index: 4, len: 4096, kind: BarKind::Memory(self.memory.clone()) },
         ]
     }
     fn vectors(&self) -> usize {
@@ -149,19 +127,11 @@ impl Model for Toy {
         }
     }
     fn config_written(&mut self, config: &ConfigSpace) {
-        self.shared
-            .bus_master
-            .store(config.bus_master(), Ordering::Relaxed);
+        self.shared.bus_master.store(config.bus_master(), Ordering::Relaxed);
     }
     fn reset(&mut self) {
-        let _no_step = self
-            .shared
-            .stepping
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.portals
-            .iter()
-            .for_each(|portal| while portal.0.pop().is_some() {});
+        let _no_step = self.shared.stepping.lock().unwrap_or_else(PoisonError::into_inner);
+        self.portals.iter().for_each(|portal| while portal.0.pop().is_some() {});
         self.scratch = 0;
         self.shared.done.store(0, Ordering::Relaxed);
         self.shared.bus_master.store(false, Ordering::Relaxed);
@@ -193,9 +163,7 @@ impl Engine for ToyEngine {
         let copied = self.shared.bus_master.load(Ordering::Relaxed)
             && self.bus.copy(pasid, Iova::new(src), Iova::new(dst), len).is_ok();
         if record != 0 {
-            let _ = self
-                .bus
-                .store_u64(pasid, Iova::new(record), if copied { 1 } else { 2 });
+            let _ = self.bus.store_u64(pasid, Iova::new(record), if copied { 1 } else { 2 });
         }
         self.shared.done.fetch_add(1, Ordering::Relaxed);
         self.host.interrupts().trigger(1);
@@ -206,9 +174,7 @@ impl Engine for ToyEngine {
 impl Drop for ToyEngine {
     fn drop(&mut self) {
         let model_is_there = !self.shared.model_dropped.load(Ordering::SeqCst);
-        self.shared
-            .engine_dropped_first
-            .store(model_is_there, Ordering::SeqCst);
+        self.shared.engine_dropped_first.store(model_is_there, Ordering::SeqCst);
     }
 }
 
@@ -230,10 +196,7 @@ fn until(device: &PciDevice, mut ready: impl FnMut() -> bool) {
     let start = Instant::now();
     while !ready() {
         device.step();
-        assert!(
-            start.elapsed() < Duration::from_secs(30),
-            "the device never got there"
-        );
+        assert!(start.elapsed() < Duration::from_secs(30), "the device never got there");
         std::thread::yield_now();
     }
 }
@@ -264,15 +227,7 @@ impl Queue {
         }
         let page = device.bar(0).unwrap().read64(register::PORTALS_AT);
         let portal = device.bar(2).unwrap().window(n * page, page).unwrap();
-        Self {
-            portal,
-            pasid,
-            src,
-            dst,
-            space,
-            record,
-            _attachment: attachment,
-        }
+        Self { portal, pasid, src, dst, space, record, _attachment: attachment }
     }
 
     fn copy(&self) -> [u8; 64] {
@@ -306,17 +261,9 @@ fn a_job_goes_through_registers_portal_dma_and_interrupt() {
 fn polling_a_register_makes_progress_with_engines_that_have_no_threads() {
     let device = open(Run::Stepped);
     let (queue, registers) = (Queue::new(&device, 0), device.bar(0).unwrap());
-    assert_eq!(
-        registers.read64(register::DONE),
-        0,
-        "opening it gave it nothing to do"
-    );
+    assert_eq!(registers.read64(register::DONE), 0, "opening it gave it nothing to do");
     queue.portal.post64(0, &queue.copy());
-    assert_eq!(
-        registers.read32(register::DONE),
-        0,
-        "the model answers first, then the engines go"
-    );
+    assert_eq!(registers.read32(register::DONE), 0, "the model answers first, then the engines go");
     assert_eq!(registers.read32(register::DONE), 1);
     assert!(!device.step(), "nothing is left");
 }
@@ -343,16 +290,10 @@ fn an_address_that_is_not_mapped_is_a_fault_that_names_device_and_pasid() {
         let queue = Queue::new(&device, 0);
         let (pasid, nowhere) = (queue.pasid.get(), Iova::new(0x7000_0000_0000));
         let dst = queue.space.iova(&queue.dst).unwrap();
-        queue.portal.post64(
-            0,
-            &descriptor(pasid.get(), nowhere, dst, 8, queue.record.iova(0).get()),
-        );
+        queue.portal.post64(0, &descriptor(pasid.get(), nowhere, dst, 8, queue.record.iova(0).get()));
         until(&device, || queue.status() == 2);
         let fault = device.next_fault().unwrap();
-        assert_eq!(
-            (&*fault.device, fault.pasid, fault.iova),
-            ("soft:toy", Some(pasid), nowhere)
-        );
+        assert_eq!((&*fault.device, fault.pasid, fault.iova), ("soft:toy", Some(pasid), nowhere));
         assert_eq!(fault.reason, FaultReason::NotMapped);
     }
 }
@@ -366,17 +307,10 @@ fn registers_are_served_at_every_width_and_windows_keep_their_place() {
     let window = bar.window(register::SCRATCH, 8).unwrap();
     window.write16(0, 0x1234);
     assert_eq!(window.read64(0), 0xffff_ffff_ffff_1234);
-    assert_eq!(
-        window.read8(0),
-        0x34,
-        "a model's answer is cut to the width of the access"
-    );
+    assert_eq!(window.read8(0), 0x34, "a model's answer is cut to the width of the access");
     let error = bar.window(60, 8).unwrap_err().to_string();
     assert!(error.contains("BAR 0 of soft:toy"), "{error}");
-    assert_eq!(
-        bar.enqueue64(0, &[0; 64]).unwrap_err().kind(),
-        ErrorKind::Unsupported
-    );
+    assert_eq!(bar.enqueue64(0, &[0; 64]).unwrap_err().kind(), ErrorKind::Unsupported);
     assert!(bar.can_post64().is_ok());
 }
 
@@ -398,10 +332,7 @@ fn each_doorbell_page_has_its_own_target_and_what_is_behind_the_last_has_none() 
     let portals = toy.portals.clone();
     let device = open_with(toy, Run::Stepped);
     let bar = device.bar(2).unwrap();
-    assert_eq!(
-        (bar.len(), bar.read64(0), bar.read8(PORTAL + 3)),
-        (4 * PORTAL, u64::MAX, 0xff)
-    );
+    assert_eq!((bar.len(), bar.read64(0), bar.read8(PORTAL + 3)), (4 * PORTAL, u64::MAX, 0xff));
     bar.write32(PORTAL + 0x24, 0x77);
     assert!(portals[0].0.is_empty());
     let seen = portals[1].0.pop().unwrap();
@@ -420,20 +351,14 @@ fn a_memory_bar_is_the_models_own_memory() {
     device.bar(4).unwrap().write32(0x104, 7);
     assert_eq!(memory.read64(0x100), 7 << 32);
     let error = device.bar(1).unwrap_err();
-    assert!(
-        error.to_string().contains("BAR 1") && error.device_name() == Some("soft:toy"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("BAR 1") && error.device_name() == Some("soft:toy"), "{error}");
 }
 
 #[test]
 fn configuration_space_is_the_models_with_memory_decoding_on() {
     let device = open(Run::Stepped);
     let config = device.config();
-    assert_eq!(
-        (config.vendor_id(), config.device_id(), config.class()),
-        (0x1d1d, 1, 0x12_0000)
-    );
+    assert_eq!((config.vendor_id(), config.device_id(), config.class()), (0x1d1d, 1, 0x12_0000));
     assert_eq!(config.read16(4), 2);
     let pasid = config.extended_capability(ext_cap::PASID).unwrap();
     config.write16(pasid + 6, 0xffff);
@@ -473,14 +398,10 @@ fn an_engine_that_panics_is_reported_and_the_rest_goes_on() {
         device.set_bus_master(true).unwrap();
         let (bad, good) = (Queue::new(&device, 0), Queue::new(&device, 1));
         assert!(device.engine_failure().is_none());
-        bad.portal
-            .post64(0, &descriptor(1, Iova::new(0), Iova::new(0), 0, POISON));
+        bad.portal.post64(0, &descriptor(1, Iova::new(0), Iova::new(0), 0, POISON));
         until(&device, || device.engine_failure().is_some());
         let text = device.engine_failure().unwrap().to_string();
-        assert!(
-            text.contains("soft:toy") && text.contains("poisoned descriptor"),
-            "{text}"
-        );
+        assert!(text.contains("soft:toy") && text.contains("poisoned descriptor"), "{text}");
         good.portal.post64(0, &good.copy());
         until(&device, || good.status() == 1);
         device.reset().unwrap();
@@ -510,21 +431,14 @@ fn dropping_the_device_ends_its_engines_before_its_model_and_leaves_bars_dead() 
 #[test]
 fn engines_run_on_the_cores_that_were_named() {
     let cores = underpass::worker::cores();
-    let device = open(Run::Threads {
-        cores: vec![cores[0]],
-    });
+    let device = open(Run::Threads { cores: vec![cores[0]] });
     assert_eq!(device.engine_cores(), [Some(cores[0]); 2]);
     assert_eq!(open(Run::Threads { cores: Vec::new() }).engine_cores(), [None; 2]);
     assert_eq!(open(Run::Stepped).engine_cores(), []);
     let iommu = SoftIommu::new(SoftOptions::default());
-    let run = Run::Threads {
-        cores: vec![cores[0], 4711],
-    };
+    let run = Run::Threads { cores: vec![cores[0], 4711] };
     let error = PciDevice::in_process("soft:toy", Box::new(Toy::new()), &iommu, run).unwrap_err();
-    assert_eq!(
-        (error.kind(), error.device_name()),
-        (ErrorKind::NotFound, Some("soft:toy"))
-    );
+    assert_eq!((error.kind(), error.device_name()), (ErrorKind::NotFound, Some("soft:toy")));
 }
 
 #[test]
@@ -561,34 +475,14 @@ fn a_model_whose_bars_make_no_sense_is_refused() {
     }
     fn doorbells(page: u64) -> BarSpec {
         let targets = vec![Arc::new(Portal(ArrayQueue::new(1))) as Arc<dyn Doorbell>; 2];
-        BarSpec {
-            index: 0,
-            len: 4096,
-            kind: BarKind::Doorbells { page, targets },
-        }
+        BarSpec { index: 0, len: 4096, kind: BarKind::Doorbells { page, targets } }
     }
     let iommu = SoftIommu::new(SoftOptions::default());
     let odd: [fn() -> BarSpec; 6] = [
-        || BarSpec {
-            index: 6,
-            len: 64,
-            kind: BarKind::Registers,
-        },
-        || BarSpec {
-            index: 0,
-            len: 100,
-            kind: BarKind::Registers,
-        },
-        || BarSpec {
-            index: 0,
-            len: 0,
-            kind: BarKind::Registers,
-        },
-        || BarSpec {
-            index: 0,
-            len: 8192,
-            kind: BarKind::Memory(Bar::memory(4096)),
-        },
+        || BarSpec { index: 6, len: 64, kind: BarKind::Registers },
+        || BarSpec { index: 0, len: 100, kind: BarKind::Registers },
+        || BarSpec { index: 0, len: 0, kind: BarKind::Registers },
+        || BarSpec { index: 0, len: 8192, kind: BarKind::Memory(Bar::memory(4096)) },
         || doorbells(1000),
         || doorbells(4096),
     ];
@@ -596,12 +490,7 @@ fn a_model_whose_bars_make_no_sense_is_refused() {
         let open = PciDevice::in_process("soft:odd", Box::new(Odd(spec)), &iommu, Run::Stepped);
         assert_eq!(open.unwrap_err().device_name(), Some("soft:odd"));
     }
-    let even = PciDevice::in_process(
-        "soft:even",
-        Box::new(Odd(|| doorbells(2048))),
-        &iommu,
-        Run::Stepped,
-    )
-    .unwrap();
+    let even =
+        PciDevice::in_process("soft:even", Box::new(Odd(|| doorbells(2048))), &iommu, Run::Stepped).unwrap();
     assert_eq!(Attachable::name(&even), "soft:even");
 }

@@ -40,11 +40,7 @@ fn accesses_of_every_width_are_little_endian_parts_of_one_word() {
         bar.write16(12, 0xbbbb);
         bar.write32(8, 0xcccc_cccc);
         assert_eq!(bar.read64(8), 0xaa77_bbbb_cccc_cccc, "{bar:?}");
-        assert_eq!(
-            (bar.read64(0), bar.read64(16)),
-            (0, 0),
-            "{bar:?}: neighbours are untouched"
-        );
+        assert_eq!((bar.read64(0), bar.read64(16)), (0, 0), "{bar:?}: neighbours are untouched");
     }
 }
 
@@ -132,23 +128,11 @@ fn an_enqueue_is_taken_by_memory_and_refused_by_mmio() {
 #[test]
 fn a_window_outside_is_an_error_that_names_bar_offset_and_length() {
     let bar = Bar::memory(0x1000).named("BAR 2 of soft:test");
-    for (offset, len) in [
-        (0xfc1, 0x40),
-        (0x1000, 1),
-        (0, 0x1001),
-        (u64::MAX, 2),
-        (2, u64::MAX),
-        (0x10, 0),
-    ] {
+    for (offset, len) in [(0xfc1, 0x40), (0x1000, 1), (0, 0x1001), (u64::MAX, 2), (2, u64::MAX), (0x10, 0)] {
         let error = bar.window(offset, len).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device);
         let text = error.to_string();
-        for part in [
-            "BAR 2 of soft:test",
-            &format!("{offset:#x}"),
-            &format!("{len:#x}"),
-            "0x1000",
-        ] {
+        for part in ["BAR 2 of soft:test", &format!("{offset:#x}"), &format!("{len:#x}"), "0x1000"] {
             assert!(text.contains(part), "{text} lacks {part}");
         }
     }
@@ -162,10 +146,7 @@ fn windows_nest_and_end_where_they_say() {
         inner.write64(0, 42);
         assert_eq!(bar.read64(80), 42);
         assert!(refusal(|| inner.write8(8, 0)).contains("outside"));
-        assert!(
-            inner.window(0, 9).is_err(),
-            "the rest of the BAR is not reachable from a window"
-        );
+        assert!(inner.window(0, 9).is_err(), "the rest of the BAR is not reachable from a window");
     }
 }
 

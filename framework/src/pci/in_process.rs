@@ -126,12 +126,8 @@ impl InProcess {
     }
 
     fn engine_panicked(&self, message: &str) -> Error {
-        Error::new(
-            ErrorKind::Gone,
-            "run an engine",
-            format!("it panicked: {message}"),
-        )
-        .device(self.name.clone())
+        Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}"))
+            .device(self.name.clone())
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
@@ -194,13 +190,6 @@ fn spawn(device: &str, engines: Vec<Box<dyn Engine>>, cores: &[usize]) -> Result
     engines.into_iter().enumerate().map(start).collect()
 }
 
-<<<<<<< HEAD
-=======
-fn engine_panicked(device: &str, message: String) -> Error {
-    Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}")).device(device.to_owned())
-}
-
->>>>>>> main
 /// The BAR that `spec` describes.
 pub(super) fn bar(function: &Arc<InProcess>, spec: BarSpec) -> Result<Bar> {
     let BarSpec { index, len, kind } = spec;

@@ -4,11 +4,7 @@ use std::time::Instant;
 use super::*;
 
 fn config(name: &str) -> WorkerConfig {
-    WorkerConfig {
-        name: name.to_owned(),
-        core: None,
-        idle: Idle::Adaptive,
-    }
+    WorkerConfig { name: name.to_owned(), core: None, idle: Idle::Adaptive }
 }
 
 /// The line of this thread's status in /proc that starts with `key`.
@@ -22,43 +18,17 @@ fn status_of_this_thread(key: &str) -> String {
 fn a_worker_runs_on_its_core_under_its_name() {
     let core = *cores().last().expect("this process runs somewhere");
     let (send, receive) = mpsc::channel();
-<<<<<<< HEAD
-    let worker = Worker::spawn(
-        WorkerConfig {
-            core: Some(core),
-            ..config("soft:dsa/engine12")
-        },
-        move |context| {
-            let seen = (
-                status_of_this_thread("Cpus_allowed_list"),
-                status_of_this_thread("Name"),
-                cores().len(),
-            );
-            assert_eq!(
-                (context.name(), context.core()),
-                ("soft:dsa/engine12", Some(core))
-            );
-            send.send(seen).unwrap();
-            Work::Finished
-        },
-    )
-    .unwrap();
-    let listed = cores().len();
-    assert_eq!(
-        receive.recv().unwrap(),
-        (core.to_string(), "ft:dsa/engine12".to_owned(), listed)
-    );
-=======
     let worker =
         Worker::spawn(WorkerConfig { core: Some(core), ..config("soft:dsa/engine12") }, move |context| {
-            let seen = (status_of_this_thread("Cpus_allowed_list"), status_of_this_thread("Name"));
+            let seen =
+                (status_of_this_thread("Cpus_allowed_list"), status_of_this_thread("Name"), cores().len());
             assert_eq!((context.name(), context.core()), ("soft:dsa/engine12", Some(core)));
             send.send(seen).unwrap();
             Work::Finished
         })
         .unwrap();
-    assert_eq!(receive.recv().unwrap(), (core.to_string(), "ft:dsa/engine12".to_owned()));
->>>>>>> main
+    let listed = cores().len();
+    assert_eq!(receive.recv().unwrap(), (core.to_string(), "ft:dsa/engine12".to_owned(), listed));
     assert_eq!((worker.name(), worker.core()), ("soft:dsa/engine12", Some(core)));
     worker.join().unwrap();
 }
@@ -67,19 +37,8 @@ fn a_worker_runs_on_its_core_under_its_name() {
 fn a_core_that_does_not_exist_is_an_error_that_lists_those_that_do() {
     // 1024 and more make core_affinity abort the process if they ever get to it.
     for core in [1023, 1024, 5000, usize::MAX] {
-<<<<<<< HEAD
-        let error = Worker::spawn(
-            WorkerConfig {
-                core: Some(core),
-                ..config("w")
-            },
-            |_| Work::Finished,
-        )
-        .unwrap_err();
-=======
         let error =
             Worker::spawn(WorkerConfig { core: Some(core), ..config("w") }, |_| Work::Finished).unwrap_err();
->>>>>>> main
         assert_eq!(error.kind(), ErrorKind::NotFound);
         let text = error.to_string();
         assert!(
@@ -100,21 +59,15 @@ fn core_lists_read_as_people_write_them() {
 fn stop_ends_it_and_the_counters_say_what_it_did() {
     for idle in [Idle::Busy, Idle::Pause, Idle::Adaptive] {
         let (mut left, (send, receive)) = (10, mpsc::channel());
-        let worker = Worker::spawn(
-            WorkerConfig {
-                idle,
-                ..config("counted")
-            },
-            move |context| {
-                if left == 0 {
-                    let _ = send.send(());
-                    return Work::Idle;
-                }
-                left -= 1;
-                context.counters().add_items(3);
-                Work::Busy
-            },
-        )
+        let worker = Worker::spawn(WorkerConfig { idle, ..config("counted") }, move |context| {
+            if left == 0 {
+                let _ = send.send(());
+                return Work::Idle;
+            }
+            left -= 1;
+            context.counters().add_items(3);
+            Work::Busy
+        })
         .unwrap();
         receive.recv().unwrap();
         let counters = worker.counters();
@@ -146,10 +99,7 @@ fn a_panic_is_reported_with_name_and_message_and_frees_what_the_body_owned() {
     .unwrap();
     let error = worker.join().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Gone);
-    assert_eq!(
-        error.to_string(),
-        "cannot run worker rx7: it panicked: descriptor 5 is bad"
-    );
+    assert_eq!(error.to_string(), "cannot run worker rx7: it panicked: descriptor 5 is bad");
     assert_eq!(Arc::strong_count(&owned), 1);
 }
 
@@ -190,11 +140,7 @@ fn dropping_a_worker_stops_it() {
         assert_eq!(Arc::strong_count(&kept), 2);
         Work::Idle
     }));
-    assert_eq!(
-        Arc::strong_count(&owned),
-        1,
-        "the thread is gone, and its body with it"
-    );
+    assert_eq!(Arc::strong_count(&owned), 1, "the thread is gone, and its body with it");
 }
 
 #[test]

@@ -26,21 +26,13 @@ impl Function for Image {
         self.space.lock().unwrap().as_ref().unwrap().read(offset, width) as u32
     }
     fn write_config(&self, offset: u16, width: Width, value: u32) {
-        self.space
-            .lock()
-            .unwrap()
-            .as_mut()
-            .unwrap()
-            .write(offset, width, value.into());
+        self.space.lock().unwrap().as_mut().unwrap().write(offset, width, value.into());
         self.writes.lock().unwrap().push((offset, width, value));
     }
 }
 
 fn over(space: ConfigSpace) -> (Config, Arc<Image>) {
-    let image = Arc::new(Image {
-        space: Mutex::new(Some(space)),
-        ..Image::default()
-    });
+    let image = Arc::new(Image { space: Mutex::new(Some(space)), ..Image::default() });
     (Config::new(Arc::clone(&image) as Arc<dyn Function>), image)
 }
 
@@ -56,23 +48,13 @@ fn example() -> ConfigSpace {
 #[test]
 fn ids_and_capabilities_are_where_a_driver_looks() {
     let (config, _) = over(example());
-    assert_eq!(
-        (config.vendor_id(), config.device_id(), config.class()),
-        (0x8086, 0x0b25, 0x08_8000)
-    );
-    assert_eq!(
-        config.capabilities().collect::<Vec<_>>(),
-        [(cap::PCIE, 0x40), (cap::MSIX, 0x7c)]
-    );
+    assert_eq!((config.vendor_id(), config.device_id(), config.class()), (0x8086, 0x0b25, 0x08_8000));
+    assert_eq!(config.capabilities().collect::<Vec<_>>(), [(cap::PCIE, 0x40), (cap::MSIX, 0x7c)]);
     // Headers by hand, from the layout of 7.6.3: id, version, offset of the next.
     assert_eq!(config.read32(0x100), 0x1081_000f);
     assert_eq!(config.read32(0x108), 0x1101_001b);
     assert_eq!(config.read32(0x110), 0x0002_0013);
-    let extended = [
-        (ext_cap::ATS, 0x100),
-        (ext_cap::PASID, 0x108),
-        (ext_cap::PRI, 0x110),
-    ];
+    let extended = [(ext_cap::ATS, 0x100), (ext_cap::PASID, 0x108), (ext_cap::PRI, 0x110)];
     assert_eq!(config.extended_capabilities().collect::<Vec<_>>(), extended);
     assert_eq!(config.capability(cap::MSIX), Some(0x7c));
     assert_eq!(config.capability(cap::MSI), None);
@@ -93,11 +75,7 @@ fn a_function_without_capabilities_lists_none() {
 fn only_the_masked_bits_change() {
     let mut space = example();
     space.write(0x7e, Width::Bits16, 0xffff);
-    assert_eq!(
-        space.read(0x7e, Width::Bits16),
-        0xc008,
-        "message control: enable and function mask"
-    );
+    assert_eq!(space.read(0x7e, Width::Bits16), 0xc008, "message control: enable and function mask");
     space.write(0x100, Width::Bits64, u64::MAX);
     assert_eq!(space.read(0x100, Width::Bits64), 0x8000_0020_1081_000f);
     space.write(0x10c, Width::Bits32, 0);
@@ -127,12 +105,7 @@ fn memory_decoding_stays_on_whatever_is_written() {
     config.write8(COMMAND + 1, 0);
     assert_eq!(config.read16(COMMAND), 2);
     let writes = image.writes.lock().unwrap();
-    assert!(
-        writes
-            .iter()
-            .all(|&(at, _, value)| at != COMMAND || value & 2 != 0),
-        "{writes:?}"
-    );
+    assert!(writes.iter().all(|&(at, _, value)| at != COMMAND || value & 2 != 0), "{writes:?}");
 }
 
 #[test]
@@ -147,19 +120,13 @@ fn the_rest_of_the_header_is_not_the_drivers_to_write() {
     assert_eq!(*image.writes.lock().unwrap(), []);
     config.write16(STATUS, 0xf900);
     config.write32(0x40, 0);
-    assert_eq!(
-        *image.writes.lock().unwrap(),
-        [(6, Width::Bits16, 0xf900), (0x40, Width::Bits32, 0)]
-    );
+    assert_eq!(*image.writes.lock().unwrap(), [(6, Width::Bits16, 0xf900), (0x40, Width::Bits32, 0)]);
 }
 
 #[test]
 fn past_the_end_reads_as_ones_and_is_not_written() {
     let (config, image) = over(example());
-    assert_eq!(
-        (config.read32(0xffd), config.read16(0xfff), config.read8(0x1000)),
-        (u32::MAX, 0xffff, 0xff)
-    );
+    assert_eq!((config.read32(0xffd), config.read16(0xfff), config.read8(0x1000)), (u32::MAX, 0xffff, 0xff));
     assert_eq!((config.read32(0xffc), config.read32(u16::MAX)), (0, u32::MAX));
     config.write32(0xffe, 0);
     config.write8(u16::MAX, 0);
@@ -172,12 +139,7 @@ fn past_the_end_reads_as_ones_and_is_not_written() {
 
 /// Reads 32 bits of a space with these at these places.
 fn sparse(words: &[(u16, u32)]) -> impl Fn(u16) -> u32 {
-    move |offset| {
-        words
-            .iter()
-            .find(|(at, _)| *at == offset)
-            .map_or(0, |(_, word)| *word)
-    }
+    move |offset| words.iter().find(|(at, _)| *at == offset).map_or(0, |(_, word)| *word)
 }
 
 const LISTED: (u16, u32) = (COMMAND, (STATUS_CAPABILITIES as u32) << 16);
@@ -185,77 +147,29 @@ const LISTED: (u16, u32) = (COMMAND, (STATUS_CAPABILITIES as u32) << 16);
 #[test]
 fn a_walk_ends_where_a_pointer_leads_back_or_out() {
     let walk = |words: &[(u16, u32)]| capabilities(sparse(words)).map(|(_, at)| at).collect::<Vec<_>>();
-    assert_eq!(
-        walk(&[(CAPABILITIES, 0x40), (0x40, 0x11)]),
-        [],
-        "the status bit says that there is no list"
-    );
-    assert_eq!(
-        walk(&[LISTED, (CAPABILITIES, 0x40), (0x40, 0x4011)]),
-        [0x40],
-        "to itself"
-    );
-    let ring = [
-        LISTED,
-        (CAPABILITIES, 0x40),
-        (0x40, 0x5001),
-        (0x50, 0x6005),
-        (0x60, 0x5009),
-    ];
+    assert_eq!(walk(&[(CAPABILITIES, 0x40), (0x40, 0x11)]), [], "the status bit says that there is no list");
+    assert_eq!(walk(&[LISTED, (CAPABILITIES, 0x40), (0x40, 0x4011)]), [0x40], "to itself");
+    let ring = [LISTED, (CAPABILITIES, 0x40), (0x40, 0x5001), (0x50, 0x6005), (0x60, 0x5009)];
     assert_eq!(walk(&ring), [0x40, 0x50, 0x60]);
-    assert_eq!(
-        walk(&[LISTED, (CAPABILITIES, 0x3c), (0x3c, 0x4011)]),
-        [],
-        "into the header"
-    );
-    assert_eq!(
-        walk(&[LISTED, (CAPABILITIES, 0x43), (0x40, 0x01)]),
-        [0x40],
-        "reserved bits are masked"
-    );
-    assert_eq!(
-        walk(&[LISTED, (CAPABILITIES, 0xfc), (0xfc, 0x01)]),
-        [0xfc],
-        "the last place there is"
-    );
-    assert_eq!(
-        walk(&[LISTED, (CAPABILITIES, 0x40), (0x40, 0xffff_ffff)]),
-        [],
-        "a device that is gone"
-    );
+    assert_eq!(walk(&[LISTED, (CAPABILITIES, 0x3c), (0x3c, 0x4011)]), [], "into the header");
+    assert_eq!(walk(&[LISTED, (CAPABILITIES, 0x43), (0x40, 0x01)]), [0x40], "reserved bits are masked");
+    assert_eq!(walk(&[LISTED, (CAPABILITIES, 0xfc), (0xfc, 0x01)]), [0xfc], "the last place there is");
+    assert_eq!(walk(&[LISTED, (CAPABILITIES, 0x40), (0x40, 0xffff_ffff)]), [], "a device that is gone");
 }
 
 #[test]
 fn an_extended_walk_ends_where_a_pointer_leads_back_or_out() {
-<<<<<<< HEAD
-    let walk = |words: &[(u16, u32)]| {
-        extended_capabilities(sparse(words))
-            .map(|(_, at)| at)
-            .collect::<Vec<_>>()
-    };
-=======
     let walk =
         |words: &[(u16, u32)]| extended_capabilities(sparse(words)).map(|(_, at)| at).collect::<Vec<_>>();
->>>>>>> main
     assert_eq!(walk(&[(0x100, 0x1001_000f)]), [0x100], "to itself");
-    assert_eq!(
-        walk(&[(0x100, 0x2001_000f), (0x200, 0x1001_0013)]),
-        [0x100, 0x200]
-    );
+    assert_eq!(walk(&[(0x100, 0x2001_000f), (0x200, 0x1001_0013)]), [0x100, 0x200]);
     assert_eq!(walk(&[(0x100, 0x0401_000f)]), [0x100], "into the first 256 bytes");
     assert_eq!(
         walk(&[(0x100, 0x2031_000f), (0x200, 0x0001_0013)]),
         [0x100, 0x200],
         "reserved bits are masked"
     );
-<<<<<<< HEAD
-    assert_eq!(
-        walk(&[(0x100, 0xfff1_000f), (0xffc, 0x0001_001b)]),
-        [0x100, 0xffc]
-    );
-=======
     assert_eq!(walk(&[(0x100, 0xfff1_000f), (0xffc, 0x0001_001b)]), [0x100, 0xffc]);
->>>>>>> main
     assert_eq!(walk(&[(0x100, u32::MAX)]), []);
 }
 
@@ -267,18 +181,13 @@ fn the_longest_list_there_can_be_is_walked_to_its_end() {
         _ => 0x05 | u32::from(offset + 4) << 8,
     };
     assert_eq!(capabilities(read).count(), 48);
-    assert_eq!(
-        extended_capabilities(|offset| 0x1_000f | u32::from(offset + 4) << 20).count(),
-        960
-    );
+    assert_eq!(extended_capabilities(|offset| 0x1_000f | u32::from(offset + 4) << 20).count(), 960);
 }
 
 #[test]
 #[should_panic(expected = "no room for capability 0x9")]
 fn a_model_with_too_many_capabilities_is_told() {
-    let _ = (0..5).fold(example(), |space, _| {
-        space.with_capability(cap::VENDOR, &[0; 38], &[])
-    });
+    let _ = (0..5).fold(example(), |space, _| space.with_capability(cap::VENDOR, &[0; 38], &[]));
 }
 
 proptest! {
