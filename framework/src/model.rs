@@ -1,9 +1,10 @@
 //! What a software device implements: the other side of the registers, doorbells and DMA that a driver uses.
 //!
 //! A [`Model`] is the register side. Its BARs are served under a lock, as slow paths are; doorbell and portal
-//! pages are not: each is a lock-free [`Doorbell`], usually around a [`Mailbox`]. The work is done by [`Engine`]s,
-//! which take what the mailboxes hold, move data through a [`Bus`] of their own, and signal through
-//! [`Interrupts`]. An engine runs on a thread of its own, or is stepped by a test or by the worker.
+//! pages are not: each is a lock-free [`Doorbell`], usually around a bounded queue (crossbeam's `ArrayQueue`: a full one
+//! is a shared queue's "retry"). The work is done by [`Engine`]s, which take what those mailboxes hold, move data
+//! through a [`Bus`] of their own, and signal through [`Interrupts`]. An engine runs on a thread of its own, or is
+//! stepped by a test or by the worker.
 
 use std::fmt;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ pub enum BarKind {
     Doorbells {
         /// Bytes in a page, a power of two.
         page: u64,
-        /// One a page; together they are the BAR.
+        /// One a page, from the first on. Pages behind the last take no writes.
         targets: Vec<Arc<dyn Doorbell>>,
     },
     /// Plain shared memory; the model reads it through the same [`Bar`](crate::bar::Bar).
@@ -62,7 +63,7 @@ impl fmt::Debug for BarKind {
 pub struct BarSpec {
     /// Which, 0 to 5.
     pub index: usize,
-    /// Bytes, a power of two.
+    /// Bytes, a power of two from 64 up.
     pub len: u64,
     /// How it is served.
     pub kind: BarKind,
@@ -111,11 +112,13 @@ pub trait Model: Send {
     /// A register write, likewise.
     fn write(&mut self, bar: usize, offset: u64, width: Width, value: u64);
 
-    /// Configuration space was written: what is in it now.
+    /// Configuration space was written: what is in it now. Called before [`start`](Self::start), too.
     fn config_written(&mut self, config: &ConfigSpace);
 
     /// A function-level reset: everything as after power-on. Returns when no engine does DMA any more for work
-    /// that was accepted before.
+    /// that was accepted before. It may wait for a step in progress, never for one that has yet to begin: stepped
+    /// engines get none meanwhile, and one that panicked never does. Configuration space follows by
+    /// [`config_written`](Self::config_written), as the host restores it.
     fn reset(&mut self);
 }
 

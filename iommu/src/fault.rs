@@ -79,7 +79,10 @@ impl FaultQueue {
     /// # Panics
     /// If `capacity` is zero.
     pub fn new(capacity: usize) -> Self {
-        Self { records: ArrayQueue::new(capacity), dropped: AtomicU64::new(0) }
+        Self {
+            records: ArrayQueue::new(capacity),
+            dropped: AtomicU64::new(0),
+        }
     }
 
     /// Adds a record, or counts it as dropped.
@@ -117,7 +120,11 @@ mod tests {
             });
         }
         assert_eq!(queue.dropped(), 3);
-        assert_eq!(queue.pop().unwrap().iova, Iova::new(0), "the oldest record is the one that tells the cause");
+        assert_eq!(
+            queue.pop().unwrap().iova,
+            Iova::new(0),
+            "the oldest record is the one that tells the cause"
+        );
         assert_eq!(queue.pop().unwrap().iova, Iova::new(0x1000));
         assert!(queue.pop().is_none());
     }

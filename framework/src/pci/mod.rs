@@ -1,0 +1,248 @@
+//! A PCI function as a driver sees it: configuration space, BARs, interrupts, reset.
+//!
+//! [`PciDevice`] is one type whatever the function is: a driver is not generic over it and can not tell a model in this
+//! process from anything else. What is under it speaks through one small trait.
+
+mod config;
+mod in_process;
+
+use std::fmt;
+use std::sync::Arc;
+
+use underpass_iommu::soft::{SoftDevice, SoftIommu};
+use underpass_iommu::{Attachable, AttachableKind, Error, ErrorKind, Fault, IommuBackend, Result};
+
+pub use config::{CONFIG_LEN, Config, ConfigSpace};
+
+use crate::bar::Bar;
+use crate::interrupt::Interrupt;
+use crate::model::{Model, Width};
+use in_process::{Engines, InProcess};
+
+/// Bits of the command register (PCI Express Base Specification 6.0, 7.5.1.1.3).
+pub mod command {
+    /// The function answers at its memory BARs.
+    pub const MEMORY: u16 = 1 << 1;
+    /// The function may do DMA.
+    pub const BUS_MASTER: u16 = 1 << 2;
+}
+
+/// Capability ids (PCI Code and ID Assignment Specification 1.15, section 2).
+pub mod cap {
+    /// Power management.
+    pub const POWER_MANAGEMENT: u8 = 0x01;
+    /// Message-signalled interrupts.
+    pub const MSI: u8 = 0x05;
+    /// Vendor-specific.
+    pub const VENDOR: u8 = 0x09;
+    /// PCI Express.
+    pub const PCIE: u8 = 0x10;
+    /// Message-signalled interrupts in a table of their own.
+    pub const MSIX: u8 = 0x11;
+}
+
+/// Extended capability ids (PCI Code and ID Assignment Specification 1.15, section 3).
+pub mod ext_cap {
+    /// Address translation services: the device has an IOTLB of its own.
+    pub const ATS: u16 = 0x0f;
+    /// Page requests: the device can ask for a page.
+    pub const PRI: u16 = 0x13;
+    /// Process address space ids.
+    pub const PASID: u16 = 0x1b;
+}
+
+/// What is behind a [`PciDevice`], its [`Config`] and the register BARs: accesses that are a call each.
+pub(crate) trait Function: Send + Sync {
+    /// Reads a register. `offset` is inside the BAR and a multiple of the width.
+    fn read(&self, bar: usize, offset: u64, width: Width) -> u64;
+    /// Writes a register, likewise.
+    fn write(&self, bar: usize, offset: u64, width: Width, value: u64);
+    /// Reads configuration space, inside it.
+    fn read_config(&self, offset: u16, width: Width) -> u32;
+    /// Writes configuration space, inside it.
+    fn write_config(&self, offset: u16, width: Width, value: u32);
+}
+
+/// Who runs a software device's engines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Run {
+    /// A thread each.
+    Threads {
+        /// Engine n runs on `cores[n % cores.len()]`; empty leaves them to the scheduler.
+        cores: Vec<usize>,
+    },
+    /// Whoever calls [`PciDevice::step`], and every register read, so that a driver that polls a status register
+    /// makes progress. What happens when is then up to the caller alone.
+    Stepped,
+}
+
+/// A PCI function that this process drives.
+///
+/// Dropping it ends the device's DMA: engine threads are stopped and joined. [`Bar`]s taken from it stay valid, but
+/// nothing works behind them any more.
+pub struct PciDevice {
+    engines: Engines,
+    function: Arc<InProcess>,
+    config: Config,
+    bars: Vec<(usize, Bar)>,
+    soft: Arc<SoftDevice>,
+    iommu: SoftIommu,
+}
+
+impl PciDevice {
+    /// A software device in this process, behind `iommu`. Memory decoding is on; bus mastering is not yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a core that does not exist; [`ErrorKind::InvalidInput`] for a model whose BARs make
+    /// no sense; the operating system's refusal to start a thread.
+    pub fn in_process(name: &str, model: Box<dyn Model>, iommu: &SoftIommu, run: Run) -> Result<Self> {
+        let soft = iommu.device(name);
+        let specs = model.bars();
+        let (function, engines) = InProcess::start(model, &soft, run)?;
+        let mut bars = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let index = spec.index;
+            let bar = in_process::bar(&function, spec).map_err(|error| error.device(name.to_owned()))?;
+            bars.push((index, bar.named(format!("BAR {index} of {name}"))));
+        }
+        let config = Config::new(Arc::clone(&function) as Arc<dyn Function>);
+        Ok(Self {
+            engines,
+            function,
+            config,
+            bars,
+            soft,
+            iommu: iommu.clone(),
+        })
+    }
+
+    /// The device's name: "soft:dsa".
+    pub fn name(&self) -> &str {
+        self.soft.name()
+    }
+
+    /// Its configuration space.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// One of its BARs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if it has no such BAR: a driver that knows the device expects it.
+    pub fn bar(&self, index: usize) -> Result<Bar> {
+        let found = self.bars.iter().find(|(found, _)| *found == index);
+        found.map(|(_, bar)| bar.clone()).ok_or_else(|| {
+            self.error(
+                ErrorKind::Device,
+                format!("use BAR {index}"),
+                "the device has no such memory BAR",
+            )
+        })
+    }
+
+    /// Its interrupt vectors from 0 to `count` - 1, signalled from now on. Those asked for before fall silent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if it has fewer.
+    pub fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {
+        let vectors = self.function.vectors();
+        if count > vectors {
+            return Err(self.error(
+                ErrorKind::Unsupported,
+                format!("use {count} interrupt vectors"),
+                format!("the device has {vectors}"),
+            ));
+        }
+        let interrupts = (0..count).map(|_| Interrupt::new()).collect::<Result<Vec<_>>>()?;
+        self.function.interrupts().set(&interrupts);
+        Ok(interrupts)
+    }
+
+    /// Resets the function. Configuration space, bus mastering included, is as before: like the kernel's reset, this
+    /// restores it.
+    pub fn reset(&self) -> Result<()> {
+        self.function.reset();
+        Ok(())
+    }
+
+    /// Lets the function do DMA, or not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if the bit does not stay as written.
+    pub fn set_bus_master(&self, on: bool) -> Result<()> {
+        self.config.set_bus_master(on);
+        if self.config.bus_master() == on {
+            return Ok(());
+        }
+        let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
+        Err(self.error(
+            ErrorKind::Device,
+            operation,
+            "the command register does not keep what is written",
+        ))
+    }
+
+    /// The IOMMU that it is behind.
+    pub fn iommu(&self) -> &dyn IommuBackend {
+        &self.iommu
+    }
+
+    /// The next access of the device that the IOMMU refused.
+    pub fn next_fault(&self) -> Option<Fault> {
+        self.soft.faults().pop()
+    }
+
+    /// The NUMA node that it is at, if it is at one.
+    pub fn numa_node(&self) -> Option<u32> {
+        None
+    }
+
+    /// The core that each engine thread is pinned to; `None` for one that is not. Empty when they are stepped.
+    pub fn engine_cores(&self) -> Vec<Option<usize>> {
+        self.engines.cores()
+    }
+
+    /// Why an engine runs no more: the device then never finishes what it was given.
+    pub fn engine_failure(&self) -> Option<Error> {
+        self.engines.failure().or_else(|| self.function.engine_failure())
+    }
+
+    /// Under [`Run::Stepped`], steps each engine once and returns whether any did work. False at once while another
+    /// thread steps them, and where they have threads of their own.
+    pub fn step(&self) -> bool {
+        self.function.step()
+    }
+
+    fn error(&self, kind: ErrorKind, operation: String, why: impl Into<String>) -> Error {
+        Error::new(kind, operation, why.into()).device(self.name().to_owned())
+    }
+}
+
+impl Attachable for PciDevice {
+    fn name(&self) -> &str {
+        self.soft.name()
+    }
+
+    fn kind(&self) -> AttachableKind<'_> {
+        AttachableKind::Soft(&self.soft)
+    }
+}
+
+impl fmt::Debug for PciDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PciDevice")
+            .field("name", &self.name())
+            .field("config", &self.config)
+            .field("bars", &self.bars)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for PciDevice {
+    fn drop(&mut self) {
+        // Before any field goes: no engine does DMA when the model is dropped.
+        self.engines.stop();
+        self.function.stop();
+    }
+}

@@ -1,0 +1,269 @@
+//! Ranges of I/O virtual addresses, and the allocator that hands them out.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::{Error, ErrorKind, Iova, Result};
+
+/// Addresses below this are never handed out: 0 is what a forgotten address field holds, and a device that
+/// follows one must fault.
+const FIRST: u64 = 4096;
+
+/// A range of I/O virtual addresses, both ends included, as iommufd and VFIO report what a device can use.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct IovaRange {
+    /// The first address in it.
+    pub first: Iova,
+    /// The last address in it; a range whose `last` is below `first` is empty.
+    pub last: Iova,
+}
+
+impl IovaRange {
+    /// The `len` bytes from `first` on; `None` for no bytes at all, or for more than the space has.
+    pub const fn sized(first: Iova, len: u64) -> Option<Self> {
+        if len == 0 {
+            return None;
+        }
+        match first.checked_add(len - 1) {
+            Some(last) => Some(Self { first, last }),
+            None => None,
+        }
+    }
+
+    /// Whether all of `other` lies in this range.
+    pub fn contains(&self, other: &Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+
+    /// The addresses in both; `None` where there are none.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Option<Self> {
+        let both = Self {
+            first: self.first.max(other.first),
+            last: self.last.min(other.last),
+        };
+        (both.first <= both.last).then_some(both)
+    }
+}
+
+impl fmt::Display for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..={}", self.first, self.last)
+    }
+}
+
+impl fmt::Debug for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IovaRange({self})")
+    }
+}
+
+/// Hands out the addresses of one address space: inside the usable ranges, around their holes, and never the
+/// first 4 KiB of the space.
+///
+/// Takes the lowest addresses that fit. Control plane only: an allocation walks the free ranges.
+#[derive(Debug)]
+pub struct IovaAllocator {
+    free: Ranges,
+    allocated: Ranges,
+}
+
+impl IovaAllocator {
+    /// An allocator for the addresses of `usable`, which may overlap, touch and come in any order.
+    pub fn new(usable: Vec<IovaRange>) -> Self {
+        Self {
+            free: Ranges::usable(usable),
+            allocated: Ranges::default(),
+        }
+    }
+
+    /// The lowest free range of `len` bytes whose first address is a multiple of `alignment`, a power of two.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a length of zero or another alignment; [`ErrorKind::Exhausted`] where no
+    /// free range is large enough.
+    pub fn allocate(&mut self, len: u64, alignment: u64) -> Result<Iova> {
+        let invalid = |why: String| Err(Error::new(ErrorKind::InvalidInput, "allocate an IOVA range", why));
+        if len == 0 {
+            return invalid("its length is zero".to_owned());
+        }
+        if !alignment.is_power_of_two() {
+            return invalid(format!("the alignment {alignment} is not a power of two"));
+        }
+        let fits = |hole: IovaRange| {
+            let first = hole.first.get().checked_next_multiple_of(alignment)?;
+            IovaRange::sized(Iova::new(first), len).filter(|range| hole.contains(range))
+        };
+        let range = self
+            .free
+            .iter()
+            .find_map(fits)
+            .ok_or_else(|| self.exhausted(len, alignment))?;
+        self.take(range);
+        Ok(range.first)
+    }
+
+    /// Takes exactly the `len` bytes at `iova`, if all of them are usable and free.
+    pub fn reserve(&mut self, iova: Iova, len: u64) -> bool {
+        let range = IovaRange::sized(iova, len).filter(|range| self.free.holds(range));
+        if let Some(range) = range {
+            self.take(range);
+        }
+        range.is_some()
+    }
+
+    /// Gives back what [`allocate`](Self::allocate) or [`reserve`](Self::reserve) handed out, whole. Anything
+    /// else is a bug of the caller's; it is logged and changes nothing, so that no address is handed out twice.
+    pub fn free(&mut self, iova: Iova, len: u64) {
+        match IovaRange::sized(iova, len) {
+            Some(range) if self.allocated.get(range.first) == Some(range) => {
+                self.allocated.remove(range.first);
+                self.free.insert(range);
+            }
+            _ => tracing::error!("{len} bytes of IOVA at {iova} were freed, but are not allocated; ignored"),
+        }
+    }
+
+    /// From now on only addresses that are usable already and in `usable` are handed out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], naming the range, if something is allocated outside of `usable`; nothing changes then.
+    pub fn restrict(&mut self, usable: Vec<IovaRange>) -> Result<()> {
+        let usable = Ranges::usable(usable);
+        if let Some(range) = self.allocated.iter().find(|range| !usable.holds(range)) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "restrict an address space to what one more device can use",
+                format!("{range} is mapped already, and that device can not use it"),
+            )
+            .mend("attach all devices before mapping memory, or unmap it first"));
+        }
+        self.free = self.free.intersection(&usable);
+        Ok(())
+    }
+
+    /// Moves `range`, which is free, to the allocated ones.
+    fn take(&mut self, range: IovaRange) {
+        self.free.cut(range);
+        // Inserted as it is, not merged with its neighbours: it is freed on its own.
+        self.allocated.0.insert(range.first, range.last);
+    }
+
+    #[cold]
+    fn exhausted(&self, len: u64, alignment: u64) -> Error {
+        let sizes = || {
+            self.free
+                .iter()
+                .map(|range| range.last.get() - range.first.get() + 1)
+        };
+        Error::new(
+            ErrorKind::Exhausted,
+            "allocate an IOVA range",
+            format!(
+                "no {len} bytes in a row, aligned to {alignment}, are free: {} bytes are, in {} ranges of at most {}",
+                sizes().map(u128::from).sum::<u128>(),
+                self.free.0.len(),
+                sizes().max().unwrap_or(0),
+            ),
+        )
+        .mend("unmap regions that are no longer used, or spread them over more address spaces")
+    }
+}
+
+/// Ranges that do not overlap, from first to last address. None holds the very first page of the space, so
+/// that the size of each fits a `u64`.
+#[derive(Debug, Default)]
+struct Ranges(BTreeMap<Iova, Iova>);
+
+impl Ranges {
+    /// What can be handed out of `ranges`, merged.
+    fn usable(mut ranges: Vec<IovaRange>) -> Self {
+        let space = IovaRange {
+            first: Iova::new(FIRST),
+            last: Iova::new(u64::MAX),
+        };
+        ranges.sort_by_key(|range| range.first);
+        let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
+        for range in ranges.into_iter().filter_map(|range| range.intersection(&space)) {
+            match merged.last_mut() {
+                // Behind the end of the space (`None`) nothing is left to start, so all that follows lies within.
+                Some(before) if before.last.checked_add(1).is_none_or(|next| range.first <= next) => {
+                    before.last = before.last.max(range.last);
+                }
+                _ => merged.push(range),
+            }
+        }
+        Self(
+            merged
+                .into_iter()
+                .map(|range| (range.first, range.last))
+                .collect(),
+        )
+    }
+
+    /// All of them, in ascending order.
+    fn iter(&self) -> impl Iterator<Item = IovaRange> {
+        self.0.iter().map(|(&first, &last)| IovaRange { first, last })
+    }
+
+    /// The range that starts at `first`.
+    fn get(&self, first: Iova) -> Option<IovaRange> {
+        self.0.get(&first).map(|&last| IovaRange { first, last })
+    }
+
+    fn remove(&mut self, first: Iova) {
+        self.0.remove(&first);
+    }
+
+    /// The range that holds all of `range`.
+    fn holder(&self, range: &IovaRange) -> Option<IovaRange> {
+        let (&first, &last) = self.0.range(..=range.first).next_back()?;
+        Some(IovaRange { first, last }).filter(|holder| holder.contains(range))
+    }
+
+    fn holds(&self, range: &IovaRange) -> bool {
+        self.holder(range).is_some()
+    }
+
+    /// Takes `range` out of the one that holds it; what is left of that on either side stays.
+    fn cut(&mut self, range: IovaRange) {
+        let Some(holder) = self.holder(&range) else { return };
+        self.remove(holder.first);
+        if holder.first < range.first {
+            self.0.insert(holder.first, Iova::new(range.first.get() - 1));
+        }
+        if range.last < holder.last {
+            self.0.insert(Iova::new(range.last.get() + 1), holder.last);
+        }
+    }
+
+    /// Adds `range`, which overlaps none, and merges it with those that it touches.
+    fn insert(&mut self, mut range: IovaRange) {
+        let before = self
+            .0
+            .range(..range.first)
+            .next_back()
+            .map(|(&first, &last)| (first, last));
+        if let Some((first, last)) = before
+            && last.checked_add(1) == Some(range.first)
+        {
+            self.0.remove(&first);
+            range.first = first;
+        }
+        if let Some(last) = range.last.checked_add(1).and_then(|next| self.0.remove(&next)) {
+            range.last = last;
+        }
+        self.0.insert(range.first, range.last);
+    }
+
+    /// The addresses in both.
+    fn intersection(&self, other: &Self) -> Self {
+        let pairs = self
+            .iter()
+            .flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
+        Self(pairs.map(|range| (range.first, range.last)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,473 @@
+//! DMA memory: regions of huge pages that are mapped here, populated, and ready to be mapped for a device.
+//!
+//! # Why this module is unsafe
+//! Memory that a device writes behind the compiler's back can not be a `Box` or a `Vec`: it is mapped by hand,
+//! at an address and with pages that suit an IOMMU.
+//!
+//! The invariant: a [`Map`] owns its range of this process's addresses from the moment that it exists until it
+//! is dropped, all of it readable, writable and backed by memory that can not shrink. Nothing in this module
+//! makes a reference into that range; a [`Region`] only tells where it is. What is aliased and when is up to
+//! whoever claims the region.
+
+mod host;
+mod map;
+mod slot;
+
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+
+use crate::{Error, ErrorKind, Iova, PageSize, Result};
+
+use self::host::{Bytes, FallbackWarnings};
+use self::map::Map;
+pub use self::slot::RegionId;
+use self::slot::{PREFERRED, Slot};
+
+/// What a region's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Backing {
+    /// A memfd of huge pages, or of 4 KiB pages where there are none: needs no mount and no privileges, and can
+    /// be handed to another process.
+    #[default]
+    Memfd,
+    /// Private huge pages of the system's default size, without a file descriptor and without a fallback.
+    AnonymousHuge,
+}
+
+/// DMA memory: whole pages of one size, populated, aligned to that size, and in no other use.
+///
+/// It is mapped for devices by [`Ioas::map`](crate::Ioas::map), which keeps it alive. Regions of 2 MiB and more
+/// are aligned to 2 MiB even if their pages are smaller.
+pub struct Region {
+    owned: ManuallyDrop<Owned>,
+    page_size: PageSize,
+    preferred_iova: Option<Iova>,
+    claimed: AtomicBool,
+    leaked: AtomicBool,
+}
+
+/// What a region gives back when it is dropped, in this order.
+struct Owned {
+    map: Map,
+    fd: Option<OwnedFd>,
+    slot: Slot,
+}
+
+impl Region {
+    /// A builder for a region of at least `len` bytes.
+    pub fn builder(len: u64) -> RegionBuilder {
+        RegionBuilder {
+            len,
+            page_size: None,
+            numa_node: None,
+            backing: Backing::default(),
+            name: "underpass".to_owned(),
+        }
+    }
+
+    /// The region whose memory is `fd`, a memfd from another process: all of it, mapped and populated. Both
+    /// processes then share it.
+    ///
+    /// The seal that is asked for keeps the memory from being truncated under this process. It does not stop a
+    /// process that holds the descriptor from punching holes; where those are huge pages and the pool runs dry
+    /// after that, touching a hole is a SIGBUS. Take descriptors from those whom you trust that far.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] unless `fd` is a memfd of whole pages, sealed against shrinking and not
+    /// against writing; [`ErrorKind::Unsupported`] for huge pages other than of 2 MiB and 1 GiB;
+    /// [`ErrorKind::NoMemory`] if its pages can not be populated.
+    pub fn from_fd(fd: OwnedFd) -> Result<Arc<Self>> {
+        const OPERATION: &str = "use a file descriptor as DMA memory";
+        let invalid = |why: &'static str| Error::new(ErrorKind::InvalidInput, OPERATION, why);
+        let os = |errno: Errno| Error::os(OPERATION, "it can not be examined", errno);
+
+        let seals = rustix::fs::fcntl_get_seals(&fd).map_err(|_| {
+            invalid("it is not a memfd, so that it may shrink while a device uses it")
+                .mend("hand over a memfd: memfd_create(2) with MFD_ALLOW_SEALING")
+        })?;
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(
+                invalid("it is not sealed against shrinking, and may do so while a device uses it")
+                    .mend("in the process that made it, call fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)"),
+            );
+        }
+        if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+            return Err(invalid("it is sealed against writing").mend("hand over a memfd without that seal"));
+        }
+        // The block size that stat(2) gives is no use: tmpfs reports huge pages there that it may not have.
+        let filesystem = rustix::fs::fstatfs(&fd).map_err(os)?;
+        let page_size = if host::is_hugetlbfs(&filesystem) {
+            let bytes = filesystem.f_bsize;
+            let known = PageSize::LARGEST_FIRST
+                .into_iter()
+                .find(|size| i64::try_from(size.bytes()) == Ok(bytes));
+            known.ok_or_else(|| {
+                let why = format!("its pages are of {bytes} bytes");
+                Error::new(ErrorKind::Unsupported, OPERATION, why).mend("use pages of 4 KiB, 2 MiB or 1 GiB")
+            })?
+        } else {
+            PageSize::Size4K
+        };
+        let len = u64::try_from(rustix::fs::fstat(&fd).map_err(os)?.st_size).unwrap_or(0);
+        if len == 0 || !len.is_multiple_of(page_size.bytes()) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                OPERATION,
+                format!("its size, {len} bytes, is not one or more whole pages of {page_size}"),
+            )
+            .mend("set its size with ftruncate(2) before sealing it"));
+        }
+        let map = map_memfd(&fd, len, page_size)?;
+        let huge = page_size != PageSize::Size4K;
+        map.populate(Some(fd.as_fd()))
+            .map_err(|errno| short_of(len, page_size, huge, errno))?;
+        Ok(Self::assemble(map, Some(fd), page_size))
+    }
+
+    fn assemble(map: Map, fd: Option<OwnedFd>, page_size: PageSize) -> Arc<Self> {
+        let len = map.len() as u64;
+        Arc::new(Self {
+            preferred_iova: PREFERRED.take(len, alignment(len, page_size)),
+            owned: ManuallyDrop::new(Owned {
+                map,
+                fd,
+                slot: Slot::take(),
+            }),
+            page_size,
+            claimed: AtomicBool::new(false),
+            leaked: AtomicBool::new(false),
+        })
+    }
+
+    /// Which region of this process it is: a small number, for tables.
+    #[inline]
+    pub fn id(&self) -> RegionId {
+        self.owned.slot.id()
+    }
+
+    /// Its length in bytes, a multiple of [`page_size`](Self::page_size).
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "no region is empty")]
+    pub fn len(&self) -> u64 {
+        self.owned.map.len() as u64
+    }
+
+    /// The size of its pages.
+    #[inline]
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// Its first byte. [`len`](Self::len) bytes from there on are readable and writable for as long as the
+    /// region lives; whether anybody else uses them at the same time is for the caller to know.
+    #[inline]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.owned.map.start()
+    }
+
+    /// The memfd, sealed to its size: what another process makes the same region of, by
+    /// [`from_fd`](Self::from_fd).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for [`Backing::AnonymousHuge`], which has none.
+    pub fn fd(&self) -> Result<BorrowedFd<'_>> {
+        self.owned.fd.as_ref().map(AsFd::as_fd).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("hand out a file descriptor of {self:?}"),
+                "anonymous huge pages have none",
+            )
+            .mend("build the region with Backing::Memfd")
+        })
+    }
+
+    /// Where it would best be mapped in every address space, so that most have it at the same place: a range of
+    /// this process's that no other region gets, aligned as the memory is. `None` once those are used up; nothing
+    /// may rely on a region being there.
+    #[inline]
+    pub fn preferred_iova(&self) -> Option<Iova> {
+        self.preferred_iova
+    }
+
+    /// Claims the bytes of this region; true for the first who does, and never again.
+    pub fn claim(&self) -> bool {
+        // Only whether it is the first matters: the region reached this thread by something that synchronizes.
+        !self.claimed.swap(true, Ordering::Relaxed)
+    }
+
+    /// From now on the memory is never given back, not even when the region is dropped: for memory that a device
+    /// which could not be stopped may still write.
+    pub fn leak(&self) {
+        // Read by drop, which the last Arc's release and acquire order behind this.
+        self.leaked.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if !*self.leaked.get_mut() {
+            // SAFETY: this is the only place that drops it, runs once, and nothing uses `self` after it.
+            unsafe { ManuallyDrop::drop(&mut self.owned) }
+        }
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Region#{}({} of {} pages)",
+            self.id().index(),
+            Bytes(self.len()),
+            self.page_size
+        )
+    }
+}
+
+/// Describes a [`Region`] to be.
+#[derive(Debug, Clone)]
+#[must_use = "nothing is allocated before build()"]
+pub struct RegionBuilder {
+    len: u64,
+    page_size: Option<PageSize>,
+    numa_node: Option<u32>,
+    backing: Backing,
+    name: String,
+}
+
+impl RegionBuilder {
+    /// Asks for pages of exactly this size; without them [`build`](Self::build) fails.
+    ///
+    /// By default a region gets the largest that is not above its length and whose rounding wastes no more than
+    /// an eighth of it, and smaller ones, with a warning, where no such page is free.
+    pub fn page_size(mut self, page_size: PageSize) -> Self {
+        self.page_size = Some(page_size);
+        self
+    }
+
+    /// Asks for memory near this NUMA node. Where the node has none left, the memory comes from another one:
+    /// that is slower, whereas insisting (`MPOL_BIND`) would have the kernel kill processes to make room.
+    pub fn numa_node(mut self, node: u32) -> Self {
+        self.numa_node = Some(node);
+        self
+    }
+
+    /// What the memory is; a memfd by default.
+    pub fn backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// What the memory is called in `/proc/PID/maps`, `/memfd:NAME`.
+    pub fn name(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Allocates, places, populates and seals the memory, which is all zeroes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a length of zero or one that no address space holds, or a bad name;
+    /// [`ErrorKind::NotFound`] for a NUMA node without memory; [`ErrorKind::NoMemory`] or
+    /// [`ErrorKind::Unsupported`] where pages of the size that was asked for, or any at all, are not to be had.
+    pub fn build(self) -> Result<Arc<Region>> {
+        static WARNINGS: FallbackWarnings = FallbackWarnings::new();
+        self.build_with(&WARNINGS)
+    }
+
+    fn build_with(&self, warnings: &FallbackWarnings) -> Result<Arc<Region>> {
+        if self.len == 0 {
+            return Err(self.invalid("its length is zero"));
+        }
+        if let Some(node) = self.numa_node {
+            host::check_numa_node(node).map_err(|why| {
+                Error::new(ErrorKind::NotFound, self.operation(), why).mend("name one of those, or none")
+            })?;
+        }
+        match (self.backing, self.page_size) {
+            (Backing::AnonymousHuge, _) => self.anonymous_huge(),
+            (Backing::Memfd, Some(page_size)) => self.memfd(page_size),
+            (Backing::Memfd, None) => {
+                for page_size in huge_pages_for(self.len) {
+                    match self.memfd(page_size) {
+                        Err(error)
+                            if matches!(error.kind(), ErrorKind::NoMemory | ErrorKind::Unsupported) =>
+                        {
+                            warnings.warn(page_size, &error);
+                        }
+                        done => return done,
+                    }
+                }
+                self.memfd(PageSize::Size4K)
+            }
+        }
+    }
+
+    fn memfd(&self, page_size: PageSize) -> Result<Arc<Region>> {
+        let len = self.rounded(page_size)?;
+        let huge = match page_size {
+            PageSize::Size4K => MemfdFlags::empty(),
+            PageSize::Size2M => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            PageSize::Size1G => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+        };
+        if huge.is_empty() && host::available_memory().is_some_and(|available| available < len) {
+            // The kernel would promise the pages and kill processes once it can not keep its word.
+            return Err(short_of(len, page_size, false, Errno::NOMEM));
+        }
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
+        // Kernels from 6.3 on want to be told whether the file may be executed; older ones know no such flag.
+        let fd = rustix::fs::memfd_create(self.name.as_str(), flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|errno| match errno {
+                Errno::INVAL => rustix::fs::memfd_create(self.name.as_str(), flags),
+                _ => Err(errno),
+            })
+            .map_err(|errno| match errno {
+                Errno::INVAL => self.invalid("its name has a zero byte or more than 249 bytes"),
+                // What the kernel says where it was built, or the CPU made, without these pages.
+                Errno::NODEV | Errno::NOENT | Errno::NOSYS | Errno::OPNOTSUPP if !huge.is_empty() => {
+                    self.no_such_pages(page_size)
+                }
+                _ => Error::os(self.operation(), "no memfd can be made", errno),
+            })?;
+        rustix::fs::ftruncate(&fd, len)
+            .and_then(|()| {
+                rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            })
+            .map_err(|errno| Error::os(self.operation(), "the memfd can not be sized and sealed", errno))?;
+        let map = map_memfd(&fd, len, page_size)?;
+        self.place(&map)?;
+        let populated = map.populate(Some(fd.as_fd()));
+        populated.map_err(|errno| short_of(len, page_size, !huge.is_empty(), errno))?;
+        Ok(Region::assemble(map, Some(fd), page_size))
+    }
+
+    fn anonymous_huge(&self) -> Result<Arc<Region>> {
+        let page_size = host::default_huge_page().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                self.operation(),
+                "the default huge pages of this kernel are neither of 2 MiB nor of 1 GiB",
+            )
+            .mend("build the region with Backing::Memfd")
+        })?;
+        if self.page_size.is_some_and(|asked| asked != page_size) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                self.operation(),
+                format!("anonymous huge pages have the system's default size, {page_size}"),
+            )
+            .mend("build the region with Backing::Memfd"));
+        }
+        let len = self.rounded(page_size)?;
+        let map = Map::anonymous_huge(len as usize, page_size.bytes() as usize)
+            .ok_or_else(|| short_of(len, page_size, true, Errno::NOMEM))?;
+        self.place(&map)?;
+        // A child that is forked would otherwise share the pages until one of the two writes, and that one would
+        // get a copy the device knows nothing of.
+        map.keep_from_children().map_err(|errno| {
+            Error::os(
+                self.operation(),
+                "it can not be kept out of forked processes",
+                errno,
+            )
+        })?;
+        map.populate(None)
+            .map_err(|errno| short_of(len, page_size, true, errno))?;
+        Ok(Region::assemble(map, None, page_size))
+    }
+
+    /// Moves the pages that are to come to the node that was asked for.
+    fn place(&self, map: &Map) -> Result<()> {
+        let Some(node) = self.numa_node else { return Ok(()) };
+        map.prefer_node(node).map_err(|errno| {
+            Error::os(
+                self.operation(),
+                format!("it can not be placed near NUMA node {node}"),
+                errno,
+            )
+        })
+    }
+
+    /// The length in whole pages.
+    fn rounded(&self, page_size: PageSize) -> Result<u64> {
+        self.len
+            .checked_next_multiple_of(page_size.bytes())
+            .filter(|&len| isize::try_from(len).is_ok())
+            .ok_or_else(|| self.invalid("no address space holds that much"))
+    }
+
+    fn operation(&self) -> String {
+        format!("allocate {} of DMA memory", Bytes(self.len))
+    }
+
+    fn invalid(&self, why: &'static str) -> Error {
+        Error::new(ErrorKind::InvalidInput, self.operation(), why)
+    }
+
+    fn no_such_pages(&self, page_size: PageSize) -> Error {
+        let why = format!("this CPU or kernel has no pages of {page_size}");
+        Error::new(ErrorKind::Unsupported, self.operation(), why)
+            .mend("ask for smaller pages, or for no size")
+    }
+}
+
+/// The sizes of huge page to try for a region of `len` bytes, the best first: not above its length, and wasting
+/// no more than an eighth of it.
+fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
+    PageSize::LARGEST_FIRST.into_iter().filter(move |size| {
+        let waste = len.next_multiple_of(size.bytes()).wrapping_sub(len);
+        *size != PageSize::Size4K && size.bytes() <= len && waste <= len / 8
+    })
+}
+
+/// What the addresses of a region are aligned to. Regions of small pages too get it for 2 MiB if they have as
+/// much, so that an IOMMU which finds the pages in a row can use one entry for them.
+fn alignment(len: u64, page_size: PageSize) -> u64 {
+    let large = len >= PageSize::Size2M.bytes();
+    page_size
+        .max(if large { PageSize::Size2M } else { PageSize::Size4K })
+        .bytes()
+}
+
+fn map_memfd(fd: &OwnedFd, len: u64, page_size: PageSize) -> Result<Map> {
+    let huge = page_size != PageSize::Size4K;
+    let mapped = if huge {
+        Map::huge_file(fd.as_fd(), len as usize)
+    } else {
+        Map::file(fd.as_fd(), len as usize, alignment(len, page_size) as usize)
+    };
+    mapped.map_err(|errno| short_of(len, page_size, huge, errno))
+}
+
+/// The error for memory that could not be had: `errno` is what mapping or populating it said.
+#[cold]
+fn short_of(len: u64, page_size: PageSize, huge: bool, errno: Errno) -> Error {
+    let operation = format!("allocate {} of DMA memory", Bytes(len));
+    match errno {
+        // EFAULT: MADV_POPULATE_WRITE met what would have been a SIGBUS, the file's pages ran out.
+        Errno::NOMEM | Errno::NOSPC | Errno::FAULT if huge => {
+            let (why, mend) = host::Pool::of(page_size).shortage(len / page_size.bytes());
+            Error::new(ErrorKind::NoMemory, operation, why).mend(mend)
+        }
+        Errno::NOMEM | Errno::NOSPC | Errno::FAULT => {
+            let why = match host::available_memory() {
+                Some(available) => format!("{} of memory are available", Bytes(available)),
+                None => "there is not enough memory".to_owned(),
+            };
+            Error::new(ErrorKind::NoMemory, operation, why)
+                .mend("stop what else uses memory, or ask for less")
+        }
+        _ => Error::os(operation, "it can not be mapped and populated", errno),
+    }
+}
+
+#[cfg(test)]
+mod tests;

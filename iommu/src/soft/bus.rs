@@ -1,0 +1,547 @@
+//! A device's way to memory: translation through an IOTLB, and the copies themselves.
+//!
+//! # Why this module is unsafe, and what makes it sound
+//! It reads and writes memory at addresses that a device chose. Three things make that sound. Translation: an
+//! access touches only what some [`Mapping`](crate::Mapping) maps, with its rights, and a mapping keeps its region alive.
+//! Time: each access lies between `enter` and `exit` of the bus's slot, and a mapping's memory is not given back
+//! before every access that could have seen the translation is over (see `guard`); nothing translated is kept
+//! beyond, and nothing is lent to the caller. Sharing: a region's bytes are reached by raw copies and atomics only;
+//! where the CPU uses them at the same time, the driver's handshake orders the two, and that a device keeps to
+//! the handshake is what `check=leases` checks.
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::guard::Slot;
+use super::{Context, SoftDevice, sva};
+use crate::{Access, Fault, FaultReason, Iova, Pasid};
+
+/// The most bytes that one access covers: unmapping waits for no more than that.
+const MAX_ACCESS: u64 = 64 * 1024;
+
+/// Entries of the IOTLB, a power of two.
+const TLB_ENTRIES: usize = 128;
+const TLB_SHIFT: u32 = 16;
+
+/// A refused access. `done` bytes of the operation were done before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DmaFault {
+    /// The first address that could not be accessed.
+    pub iova: Iova,
+    /// What was tried.
+    pub access: Access,
+    /// Why it was refused.
+    pub reason: FaultReason,
+    /// Bytes of this operation that were done. For an overlapping copy to a higher address, which runs from the
+    /// end, these are the last ones.
+    pub done: u64,
+}
+
+/// One engine's way to memory. Each access names the PASID that it carries; `None` is the device's own (RID)
+/// address space. A refused access is also recorded in the device's [fault queue](SoftDevice::faults).
+///
+/// There is no way to borrow memory through a bus: every access is over when its call returns.
+#[derive(Debug)]
+pub struct Bus {
+    device: Arc<SoftDevice>,
+    slot: Arc<Slot>,
+    tlb: Box<[Entry; TLB_ENTRIES]>,
+    /// For copies under SVA.
+    bounce: Vec<u8>,
+}
+
+/// A cached translation: a run of neighbouring pages inside one 64 KiB granule.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    /// The device's generation when it was cached: any unmap or detach since makes it void.
+    generation: u64,
+    start: u64,
+    end: u64,
+    host: u64,
+    pasid: u32,
+    access: u8,
+}
+
+const VOID: Entry = Entry {
+    generation: 0,
+    start: 0,
+    end: 0,
+    host: 0,
+    pasid: 0,
+    access: 0,
+};
+
+/// Where an address is.
+enum Place {
+    /// So many bytes of this process's memory are there.
+    Host { at: *mut u8, len: u64 },
+    /// The process's own address space.
+    Process,
+}
+
+type Refused = (FaultReason, u64);
+
+impl Bus {
+    pub(super) fn new(device: Arc<SoftDevice>) -> Self {
+        let slot = device.add_slot();
+        Self {
+            device,
+            slot,
+            tlb: Box::new([VOID; TLB_ENTRIES]),
+            bounce: Vec::new(),
+        }
+    }
+
+    /// The device that this bus belongs to.
+    pub fn device(&self) -> &Arc<SoftDevice> {
+        &self.device
+    }
+
+    /// Reads `out.len()` bytes.
+    pub fn read(&mut self, pasid: Option<Pasid>, iova: Iova, out: &mut [u8]) -> Result<(), DmaFault> {
+        self.pieces(
+            pasid,
+            iova,
+            out.len() as u64,
+            Access::READ,
+            |place, address, done, len| {
+                let part = &mut out[done as usize..(done + len) as usize];
+                match place {
+                    // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
+                    Place::Host { at, .. } => unsafe {
+                        ptr::copy_nonoverlapping(at, part.as_mut_ptr(), part.len());
+                    },
+                    Place::Process => return sva::read(address, part) as u64,
+                }
+                len
+            },
+        )
+    }
+
+    /// Writes `data`.
+    pub fn write(&mut self, pasid: Option<Pasid>, iova: Iova, data: &[u8]) -> Result<(), DmaFault> {
+        self.pieces(
+            pasid,
+            iova,
+            data.len() as u64,
+            Access::WRITE,
+            |place, address, done, len| {
+                let part = &data[done as usize..(done + len) as usize];
+                match place {
+                    // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
+                    Place::Host { at, .. } => unsafe {
+                        ptr::copy_nonoverlapping(part.as_ptr(), at, part.len());
+                    },
+                    Place::Process => return sva::write(address, part) as u64,
+                }
+                len
+            },
+        )
+    }
+
+    /// Fills `len` bytes with `pattern`, its low byte first.
+    pub fn fill(&mut self, pasid: Option<Pasid>, iova: Iova, len: u64, pattern: u64) -> Result<(), DmaFault> {
+        let mut block = [0_u8; 4096];
+        self.pieces(pasid, iova, len, Access::WRITE, |place, address, done, len| {
+            let turned = pattern.rotate_right(8 * (done % 8) as u32).to_le_bytes();
+            let (words, _) = block.as_chunks_mut::<8>();
+            words.fill(turned);
+            // The block's length is a multiple of the pattern's, so each block starts with the same byte.
+            let mut at = 0;
+            while at < len {
+                let n = (len - at).min(block.len() as u64);
+                match &place {
+                    Place::Host { at: host, .. } => {
+                        // SAFETY: at < len, for which `host` is valid.
+                        let to = unsafe { host.add(at as usize) };
+                        // SAFETY: `to` is valid for n bytes during this access; `block` is ours.
+                        unsafe { ptr::copy_nonoverlapping(block.as_ptr(), to, n as usize) };
+                    }
+                    Place::Process => {
+                        let written = sva::write(address + at, &block[..n as usize]) as u64;
+                        if written < n {
+                            return at + written;
+                        }
+                    }
+                }
+                at += n;
+            }
+            len
+        })
+    }
+
+    /// Copies `len` bytes, also where the two places overlap in the device's addresses.
+    pub fn copy(&mut self, pasid: Option<Pasid>, src: Iova, dst: Iova, len: u64) -> Result<(), DmaFault> {
+        let (src, dst) = (src.get(), dst.get());
+        let backward = dst > src && dst - src < len;
+        let mut done = 0;
+        while done < len {
+            let (from, to, most) = if backward {
+                // From the end, a page at a time, so that each piece starts where a page does or the copy does.
+                let (src_end, dst_end) = (src.wrapping_add(len - done), dst.wrapping_add(len - done));
+                let piece = in_last_page(src_end).min(in_last_page(dst_end)).min(len - done);
+                (src_end.wrapping_sub(piece), dst_end.wrapping_sub(piece), piece)
+            } else {
+                (
+                    src.wrapping_add(done),
+                    dst.wrapping_add(done),
+                    (len - done).min(MAX_ACCESS),
+                )
+            };
+            match self.copy_piece(pasid, from, to, most) {
+                Ok(moved) => done += moved,
+                Err((iova, access, reason)) => return Err(self.refuse(pasid, iova, access, reason, done)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies up to `most` bytes; returns how many.
+    #[inline]
+    fn copy_piece(
+        &mut self,
+        pasid: Option<Pasid>,
+        from: u64,
+        to: u64,
+        most: u64,
+    ) -> Result<u64, (u64, Access, FaultReason)> {
+        self.slot.enter();
+        let source = self.translate(pasid, from, most, Access::READ);
+        let target = self.translate(pasid, to, most, Access::WRITE);
+        let moved = match (source, target) {
+            (
+                Ok(Place::Host {
+                    at: source,
+                    len: readable,
+                }),
+                Ok(Place::Host {
+                    at: target,
+                    len: writable,
+                }),
+            ) => {
+                let len = readable.min(writable).min(most);
+                // SAFETY: both are valid for len bytes during this access. `copy` allows overlap, which two
+                // mappings of one region can bring about.
+                unsafe { ptr::copy(source, target, len as usize) };
+                Ok(len)
+            }
+            (Ok(Place::Process), Ok(Place::Process)) => self.copy_in_process(from, to, most),
+            (Err((reason, _)), _) => Err((from, Access::READ, reason)),
+            (_, Err((reason, _))) => Err((to, Access::WRITE, reason)),
+            // One PASID has one address space.
+            _ => unreachable!("one access, two kinds of address space"),
+        };
+        self.slot.exit();
+        moved
+    }
+
+    fn copy_in_process(&mut self, from: u64, to: u64, most: u64) -> Result<u64, (u64, Access, FaultReason)> {
+        self.bounce.resize(MAX_ACCESS as usize, 0);
+        let part = &mut self.bounce[..most as usize];
+        let readable = sva::read(from, part);
+        if readable == 0 {
+            return Err((from, Access::READ, FaultReason::NotMapped));
+        }
+        let written = sva::write(to, &part[..readable]);
+        if written == 0 {
+            return Err((to, Access::WRITE, missing_or_read_only(to)));
+        }
+        Ok(written as u64)
+    }
+
+    /// Reads the aligned 64-bit word at `iova`, with Acquire: what its writer wrote before it is seen.
+    pub fn load_u64(&mut self, pasid: Option<Pasid>, iova: Iova) -> Result<u64, DmaFault> {
+        let mut value = 0;
+        self.word(pasid, iova, Access::READ, |place| match place {
+            Place::Host { at, .. } => {
+                value = word_at(at).load(Ordering::Acquire);
+                true
+            }
+            Place::Process => {
+                let mut bytes = [0; 8];
+                let complete = sva::read(iova.get(), &mut bytes) == 8;
+                value = u64::from_ne_bytes(bytes);
+                complete
+            }
+        })?;
+        Ok(value)
+    }
+
+    /// Writes the aligned 64-bit word at `iova`, with Release: what was written before it is seen by whoever reads
+    /// it. Under SVA the lowest byte is written last instead of all eight at once: the kernel copies bytes.
+    pub fn store_u64(&mut self, pasid: Option<Pasid>, iova: Iova, value: u64) -> Result<(), DmaFault> {
+        self.word(pasid, iova, Access::WRITE, |place| match place {
+            Place::Host { at, .. } => {
+                word_at(at).store(value, Ordering::Release);
+                true
+            }
+            Place::Process => {
+                let bytes = value.to_le_bytes();
+                sva::write(iova.get() + 1, &bytes[1..]) == 7 && sva::write(iova.get(), &bytes[..1]) == 1
+            }
+        })
+    }
+
+    /// Only translates: whether the device could access `len` bytes.
+    pub fn probe(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: Iova,
+        len: u64,
+        access: Access,
+    ) -> Result<(), DmaFault> {
+        self.pieces(pasid, iova, len, access, |place, address, _, len| match place {
+            Place::Host { .. } => len,
+            Place::Process => (0..len)
+                .step_by(4096)
+                .find(|at| !sva::check(address + at, access))
+                .unwrap_or(len),
+        })
+    }
+
+    /// Writes the lines of `len` bytes back from the CPU's caches and drops them.
+    pub fn flush(&mut self, pasid: Option<Pasid>, iova: Iova, len: u64) -> Result<(), DmaFault> {
+        self.pieces(
+            pasid,
+            iova,
+            len,
+            Access::READ,
+            |place, address, _, len| match place {
+                Place::Host { at, .. } => {
+                    for line in (0..len).step_by(64) {
+                        // SAFETY: line < len, for which `at` is valid.
+                        flush_line(unsafe { at.add(line as usize) });
+                    }
+                    len
+                }
+                Place::Process => (0..len)
+                    .step_by(4096)
+                    .find(|at| !sva::check(address + at, Access::READ))
+                    .unwrap_or(len),
+            },
+        )
+    }
+
+    /// Calls `each(place, address, done, len)` for one piece after another, each in an access of its own. It returns
+    /// how many bytes it did; fewer than `len` is a page that went missing.
+    #[inline]
+    fn pieces(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: Iova,
+        len: u64,
+        access: Access,
+        mut each: impl FnMut(Place, u64, u64, u64) -> u64,
+    ) -> Result<(), DmaFault> {
+        let mut done = 0;
+        while done < len {
+            let at = iova.get().wrapping_add(done);
+            // No piece runs over the end of the 64-bit space.
+            let most = (len - done).min(MAX_ACCESS).min(u64::MAX - at).max(1);
+            self.slot.enter();
+            let result = self.translate(pasid, at, most, access).map(|place| {
+                let piece = if let Place::Host { len, .. } = place {
+                    len.min(most)
+                } else {
+                    most
+                };
+                (piece, each(place, at, done, piece))
+            });
+            self.slot.exit();
+            match result {
+                Ok((piece, moved)) => {
+                    done += moved;
+                    if moved < piece {
+                        let missing = at.wrapping_add(moved);
+                        let reason = if access.allows(Access::WRITE) {
+                            missing_or_read_only(missing)
+                        } else {
+                            FaultReason::NotMapped
+                        };
+                        return Err(self.refuse(pasid, missing, access, reason, done));
+                    }
+                }
+                Err((reason, _)) => return Err(self.refuse(pasid, at, access, reason, done)),
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn word(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: Iova,
+        access: Access,
+        each: impl FnOnce(Place) -> bool,
+    ) -> Result<(), DmaFault> {
+        if !iova.is_aligned_to(8) {
+            return Err(self.refuse(pasid, iova.get(), access, FaultReason::Misaligned, 0));
+        }
+        self.slot.enter();
+        // An aligned word crosses no page, so what is translated holds all of it; a lease may end inside it.
+        let result = match self.translate(pasid, iova.get(), 8, access) {
+            Ok(Place::Host { len, .. }) if len < 8 => Err(FaultReason::NotLeased),
+            Ok(place) => {
+                if each(place) {
+                    Ok(())
+                } else {
+                    Err(FaultReason::NotMapped)
+                }
+            }
+            Err((reason, _)) => Err(reason),
+        };
+        self.slot.exit();
+        result.map_err(|reason| self.refuse(pasid, iova.get(), access, reason, 0))
+    }
+
+    /// Where `iova` is now, and how much of the `most` bytes is there in one piece. Only inside an access.
+    #[inline]
+    fn translate(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        most: u64,
+        access: Access,
+    ) -> Result<Place, Refused> {
+        let number = pasid.map_or(0, Pasid::get);
+        let entry = &self.tlb[index(number, iova)];
+        // Acquire: pairs with the Release in `SoftDevice::invalidate`. It is read inside the access, so that
+        // either it shows the unmap or the unmap waits for this access.
+        let generation = self.device.generation.load(Ordering::Acquire);
+        let hit = entry.generation == generation
+            && entry.pasid == number
+            && iova.wrapping_sub(entry.start) < entry.end - entry.start
+            && entry.access & access.bits() == access.bits();
+        if hit && !self.device.check_leases() {
+            let at = ptr::with_exposed_provenance_mut((entry.host + (iova - entry.start)) as usize);
+            return Ok(Place::Host {
+                at,
+                len: entry.end - iova,
+            });
+        }
+        self.translate_slowly(pasid, iova, most, access, generation)
+    }
+
+    #[cold]
+    fn translate_slowly(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        most: u64,
+        access: Access,
+        generation: u64,
+    ) -> Result<Place, Refused> {
+        let device = Arc::clone(&self.device);
+        // SAFETY: this is inside an access of this device's own slot.
+        let Some(context) = (unsafe { device.context(pasid) }) else {
+            return Err((FaultReason::NotAttached, 0));
+        };
+        let domain = match context {
+            Context::Process => return Ok(Place::Process),
+            Context::Domain(domain) => domain,
+        };
+        if iova >> super::table::ADDRESS_BITS != 0 {
+            return Err((FaultReason::OutOfRange, 0));
+        }
+        let Some(run) = domain.table.walk(iova) else {
+            return Err((FaultReason::NotMapped, 0));
+        };
+        if run.access & access.bits() != access.bits() {
+            return Err((FaultReason::Permission, 0));
+        }
+        let number = pasid.map_or(0, Pasid::get);
+        let mut len = run.end - iova;
+        if let Some(leases) = &domain.leases {
+            len = leases.covered(iova, len.min(most), access);
+            if len == 0 {
+                return Err((FaultReason::NotLeased, 0));
+            }
+        }
+        self.tlb[index(number, iova)] = Entry {
+            generation,
+            start: run.start,
+            end: run.end,
+            host: run.host,
+            pasid: number,
+            access: run.access,
+        };
+        let at = ptr::with_exposed_provenance_mut((run.host + (iova - run.start)) as usize);
+        Ok(Place::Host { at, len })
+    }
+
+    #[cold]
+    fn refuse(
+        &self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        access: Access,
+        reason: FaultReason,
+        done: u64,
+    ) -> DmaFault {
+        let iova = Iova::new(iova);
+        self.device.faults.push(Fault {
+            device: Arc::clone(&self.device.name),
+            pasid,
+            iova,
+            access,
+            reason,
+        });
+        DmaFault {
+            iova,
+            access,
+            reason,
+            done,
+        }
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        // A panic in the middle of an access must not make an unmap wait for ever.
+        self.slot.leave();
+        self.device.remove_slot(&self.slot);
+    }
+}
+
+#[inline]
+fn index(pasid: u32, iova: u64) -> usize {
+    // PASIDs are small and neighbours; spread them so that two queues with the same addresses do not collide.
+    ((iova >> TLB_SHIFT) as usize ^ (pasid as usize).wrapping_mul(37)) % TLB_ENTRIES
+}
+
+/// Bytes between the start of the page that holds the byte before `end`, and `end`.
+fn in_last_page(end: u64) -> u64 {
+    (end.wrapping_sub(1) & 0xfff) + 1
+}
+
+fn missing_or_read_only(address: u64) -> FaultReason {
+    if sva::check(address, Access::READ) {
+        FaultReason::Permission
+    } else {
+        FaultReason::NotMapped
+    }
+}
+
+#[inline]
+fn word_at<'a>(at: *mut u8) -> &'a AtomicU64 {
+    #[allow(
+        clippy::cast_ptr_alignment,
+        reason = "the IOVA is aligned to 8, and pages are where IOVAs are modulo 4096"
+    )]
+    let at = at.cast::<u64>();
+    // SAFETY: called with a translated, aligned place of at least 8 bytes, and the reference does not leave the access.
+    unsafe { AtomicU64::from_ptr(at) }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn flush_line(at: *mut u8) {
+    // SAFETY: `at` is a valid address; SSE2, which has CLFLUSH, is part of x86-64.
+    unsafe { std::arch::x86_64::_mm_clflush(at) };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn flush_line(_at: *mut u8) {
+    // DMA of a software device is coherent: there is nothing to write back.
+}
