@@ -7,5 +7,6 @@ pub mod cpu;
 pub mod dsa;
 mod ops;
 pub mod registry;
+mod shape;
 
 pub use registry::{Registry, builtin};

@@ -1,0 +1,1 @@
+//! The software twin of the device.

@@ -1,0 +1,331 @@
+//! From an address that a user writes to an open device: the one place that knows both drivers and models.
+//!
+//! ```
+//! # fn main() -> underpass::Result<()> {
+//! let device = underpass_drivers::builtin().open("soft:dsa,wqs=2")?;
+//! println!("{} is driven by {}", device.name(), device.driver());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use underpass::accel::Accelerator;
+use underpass::iommu::soft::{SoftIommu, SoftOptions};
+use underpass::pci::{PciDevice, Run};
+use underpass::{Error, ErrorKind, Result, worker};
+
+use crate::cpu::Cpu;
+use crate::dsa::model::{DsaModel, DsaProfile};
+use crate::dsa::{Dsa, WqMode};
+
+/// A kind of address and what opens it.
+#[derive(Debug, Clone, Copy)]
+pub struct Scheme {
+    /// The address without its options: "soft:dsa".
+    pub name: &'static str,
+    /// What is behind it, in one line.
+    pub what: &'static str,
+    /// The options that it takes.
+    pub options: &'static [SchemeOption],
+    /// Opens it. Options are known to be among `options`, each given once.
+    pub open: fn(&Address<'_>) -> Result<Box<dyn Accelerator>>,
+}
+
+/// An option of a [`Scheme`].
+#[derive(Debug, Clone, Copy)]
+pub struct SchemeOption {
+    /// What stands before the equals sign.
+    pub name: &'static str,
+    /// What stands after it, for people: "N", "dedicated|shared".
+    pub values: &'static str,
+    /// What it does, in one line.
+    pub what: &'static str,
+}
+
+const CPU: Scheme = Scheme {
+    name: "cpu",
+    what: "jobs done by the CPU, in the thread that submits them",
+    options: &[],
+    open: |_| Ok(Box::new(Cpu::new())),
+};
+
+const SOFT_DSA: Scheme = Scheme {
+    name: "soft:dsa",
+    what: "a software Intel DSA behind the software IOMMU, in this process",
+    options: &[
+        SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 128 (8)" },
+        SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 64 (1)" },
+        SchemeOption { name: "mode", values: "dedicated|shared", what: "how work queues are used (dedicated)" },
+        SchemeOption { name: "pasids", values: "N", what: "PASIDs that the IOMMU has; 0 is none (1048575)" },
+        SchemeOption { name: "check", values: "leases", what: "refuse DMA to memory that was not handed out" },
+        SchemeOption { name: "core", values: "N", what: "the core that the engines run on (any)" },
+    ],
+    open: open_soft_dsa,
+};
+
+/// Work queues of DSA are numbered in 8 bits; the portals of 128 are a BAR of 2 MiB.
+const SOFT_WQS: RangeInclusive<usize> = 1..=128;
+/// The mask of engines in a group has 64 bits.
+const SOFT_ENGINES: RangeInclusive<usize> = 1..=64;
+/// PASIDs have 20 bits, and 0 is not one that is given out.
+const SOFT_PASIDS: RangeInclusive<u32> = 0..=(1 << 20) - 1;
+
+fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
+    let mut profile = DsaProfile::default();
+    if let Some(wqs) = address.number("wqs", SOFT_WQS)? {
+        profile.wqs = wqs;
+    }
+    if let Some(engines) = address.number("engines", SOFT_ENGINES)? {
+        profile.engines = engines;
+    }
+    let mode = address.choice("mode", &[("dedicated", WqMode::Dedicated), ("shared", WqMode::Shared)])?;
+    let mut options = SoftOptions::default();
+    options.check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
+    if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
+        options.max_pasids = pasids;
+    }
+    let cores = match address.number("core", 0..=usize::MAX)? {
+        Some(core) => {
+            worker::check_core(core).map_err(|error| error.device(address.text.to_owned()))?;
+            vec![core]
+        }
+        None => Vec::new(),
+    };
+    let iommu = SoftIommu::new(options);
+    let model = Box::new(DsaModel::new(profile));
+    let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
+    Ok(Box::new(Dsa::open(device)?.with_mode(mode.unwrap_or_default())))
+}
+
+/// An address taken apart.
+#[derive(Debug, Clone)]
+pub struct Address<'a> {
+    text: &'a str,
+    name: &'a str,
+    options: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Address<'a> {
+    fn parse(text: &'a str) -> Result<Self> {
+        let mut parts = text.split(',');
+        let name = parts.next().unwrap_or_default();
+        let options = parts
+            .map(|part| {
+                part.split_once('=').ok_or_else(|| {
+                    invalid(text, format!("option {part:?} has no value")).mend("write it as name=value")
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { text, name, options })
+    }
+
+    /// The whole address, as the user gave it.
+    pub fn text(&self) -> &'a str {
+        self.text
+    }
+
+    /// The value of an option, if it was given.
+    pub fn option(&self, name: &str) -> Option<&'a str> {
+        self.options.iter().find(|(given, _)| *given == name).map(|(_, value)| *value)
+    }
+
+    /// The value of an option that is a number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is not a number in `range`.
+    pub fn number<N>(&self, name: &str, range: RangeInclusive<N>) -> Result<Option<N>>
+    where
+        N: FromStr + PartialOrd + std::fmt::Display,
+    {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        match value.parse() {
+            Ok(number) if range.contains(&number) => Ok(Some(number)),
+            _ => Err(invalid(self.text, format!("{name}={value} is not a number it can have"))
+                .mend(format!("{name} is a number from {} to {}", range.start(), range.end()))),
+        }
+    }
+
+    /// The value of an option that has names for its values.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is none of them.
+    pub fn choice<T: Copy>(&self, name: &str, choices: &[(&str, T)]) -> Result<Option<T>> {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        match choices.iter().find(|(choice, _)| *choice == value) {
+            Some((_, meaning)) => Ok(Some(*meaning)),
+            None => Err(invalid(self.text, format!("{name}={value} is not known"))
+                .mend(format!("{name} can be: {}", listed(choices.iter().map(|(choice, _)| *choice))))),
+        }
+    }
+
+    /// Refuses options that the scheme does not have, or that are given twice.
+    fn check_options(&self, scheme: &Scheme) -> Result<()> {
+        for (at, (name, _)) in self.options.iter().enumerate() {
+            if !scheme.options.iter().any(|known| known.name == *name) {
+                let known = listed(scheme.options.iter().map(|option| option.name));
+                return Err(invalid(self.text, format!("it has no option {name:?}"))
+                    .mend(format!("options of {}: {known}", scheme.name)));
+            }
+            if self.options[..at].iter().any(|(earlier, _)| earlier == name) {
+                return Err(invalid(self.text, format!("option {name:?} is given twice")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn invalid(address: &str, why: String) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("open {address:?}"), why)
+}
+
+fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let names: Vec<_> = names.collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+/// Whether it has the form of a PCI address: domain:bus:device.function, the domain optional.
+fn is_pci_address(name: &str) -> bool {
+    let hex = |text: &str, digits: RangeInclusive<usize>| {
+        digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
+    let Some((bus, function)) = name.rsplit_once('.') else { return false };
+    let numbers: Vec<_> = bus.split(':').collect();
+    let bus_is_right = match numbers[..] {
+        [bus, device] => hex(bus, 2..=2) && hex(device, 2..=2),
+        [domain, bus, device] => hex(domain, 4..=8) && hex(bus, 2..=2) && hex(device, 2..=2),
+        _ => false,
+    };
+    bus_is_right && hex(function, 1..=1)
+}
+
+/// The addresses that can be opened.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    schemes: Vec<&'static Scheme>,
+}
+
+/// The registry with all that this crate has.
+pub fn builtin() -> Registry {
+    Registry { schemes: vec![&CPU, &SOFT_DSA] }
+}
+
+impl Registry {
+    /// The registry with one more scheme. Of two with the same name, the later one is opened.
+    #[must_use]
+    pub fn with(mut self, scheme: &'static Scheme) -> Self {
+        self.schemes.push(scheme);
+        self
+    }
+
+    /// Opens the device at `address`, as the user wrote it: a scheme's name, and its options after commas.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for an address, option or value that is not known (the message lists those that
+    /// are); [`ErrorKind::NotFound`] for a core that does not exist; what opening the device gives.
+    pub fn open(&self, address: &str) -> Result<Box<dyn Accelerator>> {
+        let address = Address::parse(address)?;
+        if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
+            address.check_options(scheme)?;
+            return (scheme.open)(&address);
+        }
+        if is_pci_address(address.name) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("open {:?}", address.text),
+                "PCI devices of the kernel come with a later version",
+            )
+            .mend("try a software device: soft:dsa"));
+        }
+        let known = listed(self.schemes.iter().map(|scheme| scheme.name));
+        Err(invalid(address.text, "no such kind of device is known".to_owned())
+            .mend(format!("known are: {known}")))
+    }
+
+    /// What can be opened, for help texts.
+    pub fn known(&self) -> impl Iterator<Item = &'static Scheme> {
+        self.schemes.iter().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(address: &str) -> Error {
+        builtin().open(address).map(|device| device.name().to_owned()).unwrap_err()
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_with_a_list_of_what_is() {
+        let error = refused("dsa");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa"));
+        assert_eq!(refused("").kind(), ErrorKind::InvalidInput);
+
+        let error = refused("soft:dsa,wq=1");
+        assert!(error.to_string().contains("no option \"wq\""), "{error}");
+        assert_eq!(
+            error.mend_text(),
+            Some("options of soft:dsa: wqs, engines, mode, pasids, check, core")
+        );
+        assert_eq!(refused("cpu,core=1").mend_text(), Some("options of cpu: none"));
+    }
+
+    #[test]
+    fn a_value_that_can_not_be_is_refused_with_those_that_can() {
+        for (address, mend) in [
+            ("soft:dsa,wqs=0", "wqs is a number from 1 to 128"),
+            ("soft:dsa,wqs=129", "wqs is a number from 1 to 128"),
+            ("soft:dsa,wqs=many", "wqs is a number from 1 to 128"),
+            ("soft:dsa,wqs=-1", "wqs is a number from 1 to 128"),
+            ("soft:dsa,wqs=", "wqs is a number from 1 to 128"),
+            ("soft:dsa,engines=65", "engines is a number from 1 to 64"),
+            ("soft:dsa,mode=open", "mode can be: dedicated, shared"),
+            ("soft:dsa,check=all", "check can be: leases"),
+            ("soft:dsa,check", "write it as name=value"),
+            ("soft:dsa,", "write it as name=value"),
+        ] {
+            let error = refused(address);
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{address}");
+            assert_eq!(error.mend_text(), Some(mend), "{address}");
+        }
+        assert!(refused("soft:dsa,wqs=1,wqs=2").to_string().contains("given twice"));
+        assert!(refused("soft:dsa,core=100000").to_string().contains("100000"));
+    }
+
+    #[test]
+    fn a_pci_address_is_told_to_be_one_of_a_later_version() {
+        for address in ["0000:3b:00.0", "3b:00.0", "0000:6a:01.0,mode=shared"] {
+            let error = refused(address);
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{address}");
+            assert!(error.mend_text().is_some_and(|mend| mend.contains("soft:dsa")));
+        }
+        for address in ["0000:3b:00", "3b.0", "xyz:3b:00.0", "0000:3b:00.00", "0:0:0:0.0"] {
+            assert_eq!(refused(address).kind(), ErrorKind::InvalidInput, "{address}");
+        }
+    }
+
+    #[test]
+    fn options_reach_the_device() {
+        let device = builtin().open("soft:dsa,wqs=3,engines=2,check=leases,pasids=7").unwrap();
+        assert_eq!(device.name(), "soft:dsa,wqs=3,engines=2,check=leases,pasids=7");
+        assert_eq!(device.driver(), "dsa");
+        assert_eq!(device.max_channels(), 3);
+        assert_eq!(builtin().open("soft:dsa").unwrap().max_channels(), 8);
+    }
+
+    #[test]
+    fn a_scheme_of_ones_own_can_be_added_and_wins() {
+        const MINE: Scheme = Scheme {
+            name: "cpu",
+            what: "refuses",
+            options: &[SchemeOption { name: "why", values: "TEXT", what: "the reason" }],
+            open: |address| Err(invalid(address.text(), address.option("why").unwrap_or("none").to_owned())),
+        };
+        let error = builtin().with(&MINE).open("cpu,why=because").map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("because"), "{error}");
+        assert_eq!(builtin().known().count(), 2);
+    }
+}
