@@ -190,13 +190,14 @@ impl CpuChannel {
     /// Does one job that was admitted.
     fn perform(&self, op: &mut Op) -> Result<Outcome, JobError> {
         for (buf, access) in operands(op) {
-            let allowed = self
-                .reach
-                .access(buf.region())
-                .is_some_and(|mapped| mapped.allows(access));
-            if !allowed {
+            let mapped = self.reach.access(buf.region());
+            let refused = [Access::READ, Access::WRITE]
+                .into_iter()
+                .find(|one| access.allows(*one) && !mapped.is_some_and(|mapped| mapped.allows(*one)));
+            if let Some(access) = refused {
+                let iova = Iova::new(buf.as_ptr() as u64);
                 return Err(JobError::PageFault {
-                    iova: Iova::new(buf.as_ptr() as u64),
+                    iova,
                     access,
                     completed: 0,
                 });

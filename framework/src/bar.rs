@@ -40,18 +40,11 @@ pub struct Bar {
 #[derive(Clone)]
 enum Target {
     /// A mapping of the device.
-    Mmio {
-        base: NonNull<u8>,
-        can_post: bool,
-        _keep: Arc<dyn Any + Send + Sync>,
-    },
+    Mmio { base: NonNull<u8>, can_post: bool, _keep: Arc<dyn Any + Send + Sync> },
     /// Registers that take a call each.
     Registers { bar: usize, function: Arc<dyn Function> },
     /// A model's doorbells and portals: page n is `targets[n]`.
-    Doorbells {
-        shift: u32,
-        targets: Arc<[Arc<dyn Doorbell>]>,
-    },
+    Doorbells { shift: u32, targets: Arc<[Arc<dyn Doorbell>]> },
     /// Memory, which the model or a test reads through another clone.
     Memory(Arc<[AtomicU64]>),
 }
@@ -70,16 +63,9 @@ impl Bar {
     /// 64-bit accesses are single atomic ones. A narrower read takes its part of the 64-bit word; a narrower write
     /// changes its part of the word by compare-and-swap, so that concurrent writers of one word do not undo each other.
     pub fn memory(len: u64) -> Self {
-        let words = (0..len.div_ceil(64) * 8)
-            .map(|_| AtomicU64::new(0))
-            .collect::<Arc<[_]>>();
+        let words = (0..len.div_ceil(64) * 8).map(|_| AtomicU64::new(0)).collect::<Arc<[_]>>();
         let len = words.len() as u64 * 8;
-        Self {
-            target: Target::Memory(words),
-            start: 0,
-            len,
-            name: "memory".into(),
-        }
+        Self { target: Target::Memory(words), start: 0, len, name: "memory".into() }
     }
 
     /// Registers of a real device, mapped at `ptr`.
@@ -91,45 +77,20 @@ impl Bar {
     /// While `keep` lives, the `len` bytes at `ptr` stay mapped, readable and writable, and nothing makes a
     /// reference to them. They may be accessed from any thread.
     pub unsafe fn from_mmio(ptr: NonNull<u8>, len: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
-        assert!(
-            ptr.addr().get().is_multiple_of(64),
-            "MMIO at {ptr:?} is not aligned to 64 bytes"
-        );
-        let target = Target::Mmio {
-            base: ptr,
-            can_post: cpu_has_movdir64b(),
-            _keep: keep,
-        };
-        Self {
-            target,
-            start: 0,
-            len,
-            name: "MMIO".into(),
-        }
+        assert!(ptr.addr().get().is_multiple_of(64), "MMIO at {ptr:?} is not aligned to 64 bytes");
+        let target = Target::Mmio { base: ptr, can_post: cpu_has_movdir64b(), _keep: keep };
+        Self { target, start: 0, len, name: "MMIO".into() }
     }
 
     /// Registers that are a call each, of `bar` of `function`.
     pub(crate) fn registers(function: Arc<dyn Function>, bar: usize, len: u64) -> Self {
-        Self {
-            target: Target::Registers { bar, function },
-            start: 0,
-            len,
-            name: "registers".into(),
-        }
+        Self { target: Target::Registers { bar, function }, start: 0, len, name: "registers".into() }
     }
 
     /// Doorbell pages of `page` bytes, a power of two.
     pub(crate) fn doorbells(targets: Arc<[Arc<dyn Doorbell>]>, page: u64, len: u64) -> Self {
-        let target = Target::Doorbells {
-            shift: page.trailing_zeros(),
-            targets,
-        };
-        Self {
-            target,
-            start: 0,
-            len,
-            name: "doorbells".into(),
-        }
+        let target = Target::Doorbells { shift: page.trailing_zeros(), targets };
+        Self { target, start: 0, len, name: "doorbells".into() }
     }
 
     /// The same BAR under this name ("soft:dsa BAR 2"), for messages.
@@ -156,11 +117,7 @@ impl Bar {
                 format!("it has {:#x} bytes; the device reported a wrong place", self.len),
             ));
         }
-        Ok(Self {
-            start: self.start + offset,
-            len,
-            ..self.clone()
-        })
+        Ok(Self { start: self.start + offset, len, ..self.clone() })
     }
 
     /// Reads 8 bits. See [`read64`](Self::read64).
@@ -249,11 +206,7 @@ impl Bar {
                 let words = &words[(at / 8) as usize..][..8];
                 for (n, word) in words.iter().enumerate() {
                     // Release on the last one alone: who loads it with Acquire sees the others.
-                    let order = if n == 7 {
-                        Ordering::Release
-                    } else {
-                        Ordering::Relaxed
-                    };
+                    let order = if n == 7 { Ordering::Release } else { Ordering::Relaxed };
                     word.store(nth_word(data, n), order);
                 }
             }
@@ -403,11 +356,7 @@ impl fmt::Debug for Bar {
             Target::Doorbells { .. } => "doorbells",
             Target::Memory(_) => "memory",
         };
-        write!(
-            f,
-            "Bar({}, {kind}, {:#x} bytes at {:#x})",
-            self.name, self.len, self.start
-        )
+        write!(f, "Bar({}, {kind}, {:#x} bytes at {:#x})", self.name, self.len, self.start)
     }
 }
 

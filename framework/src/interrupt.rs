@@ -68,10 +68,7 @@ impl Interrupts {
 
     /// Makes `interrupts` the vectors from 0 on; those set before are signalled no more.
     pub(crate) fn set(&self, interrupts: &[Interrupt]) {
-        let fds = interrupts
-            .iter()
-            .map(|interrupt| Arc::clone(&interrupt.fd))
-            .collect();
+        let fds = interrupts.iter().map(|interrupt| Arc::clone(&interrupt.fd)).collect();
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = fds;
     }
 }
@@ -100,10 +97,7 @@ mod tests {
         interrupts.clone().trigger(1);
         interrupts.trigger(1);
         assert!(vectors[1].wait(None).unwrap());
-        assert!(
-            vectors[1].wait(Some(Duration::ZERO)).unwrap(),
-            "waiting does not take the signal"
-        );
+        assert!(vectors[1].wait(Some(Duration::ZERO)).unwrap(), "waiting does not take the signal");
         assert!(vectors[1].drain());
         assert!(!vectors[1].drain(), "both signals were taken");
         assert!(!vectors[0].drain());

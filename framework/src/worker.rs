@@ -15,11 +15,8 @@ use underpass_iommu::{Error, ErrorKind, Result};
 /// The cores that this process may run on, ascending. Listed once: a pinned thread would see its own core alone.
 pub fn cores() -> &'static [usize] {
     static CORES: LazyLock<Vec<usize>> = LazyLock::new(|| {
-        let mut cores: Vec<_> = core_affinity::get_core_ids()
-            .unwrap_or_default()
-            .into_iter()
-            .map(|core| core.id)
-            .collect();
+        let mut cores: Vec<_> =
+            core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
         cores.sort_unstable();
         cores
     });
@@ -173,10 +170,7 @@ impl WorkerCounters {
 
 #[inline]
 fn add(word: &AtomicU64, delta: u64) {
-    word.store(
-        word.load(Ordering::Relaxed).wrapping_add(delta),
-        Ordering::Relaxed,
-    );
+    word.store(word.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
 }
 
 /// How a worker is set up.
@@ -250,9 +244,7 @@ impl Worker {
             counters: Arc::default(),
         });
         let (pinned, confirmed) = mpsc::sync_channel(1);
-        let context = Context {
-            shared: Arc::clone(&shared),
-        };
+        let context = Context { shared: Arc::clone(&shared) };
         let thread = thread::Builder::new()
             .name(thread_name)
             .spawn(move || {
@@ -264,16 +256,9 @@ impl Worker {
                 }
             })
             .map_err(|error| {
-                Error::os(
-                    format!("start worker {}", shared.name),
-                    "no thread could be made",
-                    error,
-                )
+                Error::os(format!("start worker {}", shared.name), "no thread could be made", error)
             })?;
-        let worker = Self {
-            shared,
-            thread: Some(thread),
-        };
+        let worker = Self { shared, thread: Some(thread) };
         if confirmed.recv() == Ok(true) {
             return Ok(worker);
         }
@@ -313,11 +298,7 @@ impl Worker {
     /// The error that [`join`](Self::join) would return, once its body has panicked.
     pub fn failure(&self) -> Option<Error> {
         let message = self.shared.panic.get()?;
-        Some(Error::new(
-            ErrorKind::Gone,
-            format!("run worker {}", self.shared.name),
-            panicked(message),
-        ))
+        Some(Error::new(ErrorKind::Gone, format!("run worker {}", self.shared.name), panicked(message)))
     }
 
     /// Its counters, which may be read while it works.

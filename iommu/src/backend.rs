@@ -150,21 +150,10 @@ impl Ioas {
     /// device can not use (attach first, then map).
     pub fn attach(&self, device: &dyn Attachable, pasid: Option<Pasid>) -> Result<Attachment> {
         let mut iovas = self.0.iovas();
-        let ops = self
-            .0
-            .ops
-            .attach(device, pasid)
-            .map_err(|e| e.device(device.name().to_owned()))?;
-        let attachment = Attachment {
-            ops,
-            pasid,
-            name: device.name().into(),
-            ioas: Some(self.clone()),
-        };
+        let ops = self.0.ops.attach(device, pasid).map_err(|e| e.device(device.name().to_owned()))?;
+        let attachment = Attachment { ops, pasid, name: device.name().into(), ioas: Some(self.clone()) };
         // On failure the attachment is dropped, and with it the device detached.
-        iovas
-            .restrict(self.0.ops.usable_iovas())
-            .map_err(|e| e.device(device.name().to_owned()))?;
+        iovas.restrict(self.0.ops.usable_iovas()).map_err(|e| e.device(device.name().to_owned()))?;
         drop(iovas);
         Ok(attachment)
     }
@@ -182,13 +171,7 @@ impl Ioas {
             iovas.free(iova, len);
             return Err(error);
         }
-        Ok(Mapping {
-            ioas: self.clone(),
-            region: Arc::clone(region),
-            iova,
-            access,
-            mapped: true,
-        })
+        Ok(Mapping { ioas: self.clone(), region: Arc::clone(region), iova, access, mapped: true })
     }
 
     /// Addresses that everything attached so far can use, in ascending order.
@@ -281,12 +264,7 @@ pub struct Attachment {
 impl Attachment {
     /// For backends: an attachment to this process's own address space.
     pub fn from_sva(ops: Box<dyn AttachmentOps>, pasid: Pasid, name: &str) -> Self {
-        Self {
-            ops,
-            ioas: None,
-            pasid: Some(pasid),
-            name: name.into(),
-        }
+        Self { ops, ioas: None, pasid: Some(pasid), name: name.into() }
     }
 
     /// What the device can do.
@@ -317,11 +295,7 @@ impl Attachment {
 
 impl fmt::Debug for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Attachment({}, pasid {:?}, {:?})",
-            self.name, self.pasid, self.ioas
-        )
+        write!(f, "Attachment({}, pasid {:?}, {:?})", self.name, self.pasid, self.ioas)
     }
 }
 
@@ -330,10 +304,7 @@ pub(crate) fn not_my_kind(backend: &'static str, device: &dyn Attachable) -> Err
     Error::new(
         ErrorKind::Unsupported,
         "attach the device to an address space",
-        format!(
-            "the {backend} backend does not drive devices of its kind ({:?})",
-            device.kind()
-        ),
+        format!("the {backend} backend does not drive devices of its kind ({:?})", device.kind()),
     )
     .device(device.name().to_owned())
 }

@@ -157,24 +157,16 @@ mod tests {
 
     #[test]
     fn one_line_says_what_where_why_and_the_mend() {
-        let error = Error::os(
-            "map a region of 2 MiB",
-            "too little may be locked",
-            rustix::io::Errno::NOMEM,
-        )
-        .device("0000:3b:00.0")
-        .device("a second name is not taken")
-        .mend("run: ulimit -l unlimited");
+        let error = Error::os("map a region of 2 MiB", "too little may be locked", rustix::io::Errno::NOMEM)
+            .device("0000:3b:00.0")
+            .device("a second name is not taken")
+            .mend("run: ulimit -l unlimited");
         assert_eq!(
             error.to_string(),
             "0000:3b:00.0: cannot map a region of 2 MiB: too little may be locked \
              (Cannot allocate memory (os error 12)); run: ulimit -l unlimited"
         );
         assert_eq!(error.kind(), ErrorKind::NoMemory);
-        assert_eq!(
-            size_of::<Error>(),
-            size_of::<usize>(),
-            "an error must stay cheap to return"
-        );
+        assert_eq!(size_of::<Error>(), size_of::<usize>(), "an error must stay cheap to return");
     }
 }

@@ -79,10 +79,7 @@ impl FaultQueue {
     /// # Panics
     /// If `capacity` is zero.
     pub fn new(capacity: usize) -> Self {
-        Self {
-            records: ArrayQueue::new(capacity),
-            dropped: AtomicU64::new(0),
-        }
+        Self { records: ArrayQueue::new(capacity), dropped: AtomicU64::new(0) }
     }
 
     /// Adds a record, or counts it as dropped.

@@ -38,10 +38,7 @@ impl IovaRange {
     /// The addresses in both; `None` where there are none.
     #[must_use]
     pub fn intersection(&self, other: &Self) -> Option<Self> {
-        let both = Self {
-            first: self.first.max(other.first),
-            last: self.last.min(other.last),
-        };
+        let both = Self { first: self.first.max(other.first), last: self.last.min(other.last) };
         (both.first <= both.last).then_some(both)
     }
 }
@@ -71,10 +68,7 @@ pub struct IovaAllocator {
 impl IovaAllocator {
     /// An allocator for the addresses of `usable`, which may overlap, touch and come in any order.
     pub fn new(usable: Vec<IovaRange>) -> Self {
-        Self {
-            free: Ranges::usable(usable),
-            allocated: Ranges::default(),
-        }
+        Self { free: Ranges::usable(usable), allocated: Ranges::default() }
     }
 
     /// The lowest free range of `len` bytes whose first address is a multiple of `alignment`, a power of two.
@@ -94,11 +88,7 @@ impl IovaAllocator {
             let first = hole.first.get().checked_next_multiple_of(alignment)?;
             IovaRange::sized(Iova::new(first), len).filter(|range| hole.contains(range))
         };
-        let range = self
-            .free
-            .iter()
-            .find_map(fits)
-            .ok_or_else(|| self.exhausted(len, alignment))?;
+        let range = self.free.iter().find_map(fits).ok_or_else(|| self.exhausted(len, alignment))?;
         self.take(range);
         Ok(range.first)
     }
@@ -151,11 +141,7 @@ impl IovaAllocator {
 
     #[cold]
     fn exhausted(&self, len: u64, alignment: u64) -> Error {
-        let sizes = || {
-            self.free
-                .iter()
-                .map(|range| range.last.get() - range.first.get() + 1)
-        };
+        let sizes = || self.free.iter().map(|range| range.last.get() - range.first.get() + 1);
         Error::new(
             ErrorKind::Exhausted,
             "allocate an IOVA range",
@@ -178,10 +164,7 @@ struct Ranges(BTreeMap<Iova, Iova>);
 impl Ranges {
     /// What can be handed out of `ranges`, merged.
     fn usable(mut ranges: Vec<IovaRange>) -> Self {
-        let space = IovaRange {
-            first: Iova::new(FIRST),
-            last: Iova::new(u64::MAX),
-        };
+        let space = IovaRange { first: Iova::new(FIRST), last: Iova::new(u64::MAX) };
         ranges.sort_by_key(|range| range.first);
         let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
         for range in ranges.into_iter().filter_map(|range| range.intersection(&space)) {
@@ -193,12 +176,7 @@ impl Ranges {
                 _ => merged.push(range),
             }
         }
-        Self(
-            merged
-                .into_iter()
-                .map(|range| (range.first, range.last))
-                .collect(),
-        )
+        Self(merged.into_iter().map(|range| (range.first, range.last)).collect())
     }
 
     /// All of them, in ascending order.
@@ -239,11 +217,7 @@ impl Ranges {
 
     /// Adds `range`, which overlaps none, and merges it with those that it touches.
     fn insert(&mut self, mut range: IovaRange) {
-        let before = self
-            .0
-            .range(..range.first)
-            .next_back()
-            .map(|(&first, &last)| (first, last));
+        let before = self.0.range(..range.first).next_back().map(|(&first, &last)| (first, last));
         if let Some((first, last)) = before
             && last.checked_add(1) == Some(range.first)
         {
@@ -258,9 +232,8 @@ impl Ranges {
 
     /// The addresses in both.
     fn intersection(&self, other: &Self) -> Self {
-        let pairs = self
-            .iter()
-            .flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
+        let pairs =
+            self.iter().flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
         Self(pairs.map(|range| (range.first, range.last)).collect())
     }
 }

@@ -199,11 +199,7 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Exhausted);
         assert!(error.to_string().contains("all 3"), "{error}");
         allocator.free(Pasid::new(2).unwrap());
-        assert_eq!(
-            allocator.allocate().unwrap().get(),
-            2,
-            "a freed one is all that is left"
-        );
+        assert_eq!(allocator.allocate().unwrap().get(), 2, "a freed one is all that is left");
     }
 
     #[test]
@@ -212,19 +208,12 @@ mod tests {
         for n in 1..=10 {
             assert_eq!(allocator.allocate().unwrap().get(), n);
         }
-        assert_eq!(
-            allocator.allocate_up_to(10).unwrap_err().kind(),
-            ErrorKind::Exhausted
-        );
+        assert_eq!(allocator.allocate_up_to(10).unwrap_err().kind(), ErrorKind::Exhausted);
         allocator.free(Pasid::new(4).unwrap());
         allocator.free(Pasid::new(7).unwrap());
         assert_eq!(allocator.allocate_up_to(10).unwrap().get(), 4);
         allocator.free(Pasid::new(4).unwrap());
-        assert_eq!(
-            allocator.allocate_up_to(10).unwrap().get(),
-            7,
-            "4 was freed just now"
-        );
+        assert_eq!(allocator.allocate_up_to(10).unwrap().get(), 7, "4 was freed just now");
         assert_eq!(allocator.allocate().unwrap().get(), 11);
         let none = allocator.allocate_up_to(0).unwrap_err();
         assert_eq!(none.kind(), ErrorKind::Exhausted);

@@ -106,24 +106,16 @@ impl Config {
 
     /// Where the first capability with this [id](super::cap) is.
     pub fn capability(&self, id: u8) -> Option<u16> {
-        self.capabilities()
-            .find(|&(found, _)| found == id)
-            .map(|(_, offset)| offset)
+        self.capabilities().find(|&(found, _)| found == id).map(|(_, offset)| offset)
     }
 
     /// Where the first extended capability with this [id](super::ext_cap) is.
     pub fn extended_capability(&self, id: u16) -> Option<u16> {
-        self.extended_capabilities()
-            .find(|&(found, _)| found == id)
-            .map(|(_, offset)| offset)
+        self.extended_capabilities().find(|&(found, _)| found == id).map(|(_, offset)| offset)
     }
 
     fn read(&self, offset: u16, width: Width) -> u32 {
-        if is_inside(offset, width) {
-            self.function.read_config(offset, width)
-        } else {
-            u32::MAX
-        }
+        if is_inside(offset, width) { self.function.read_config(offset, width) } else { u32::MAX }
     }
 
     fn write(&self, offset: u16, width: Width, value: u32) {
@@ -145,13 +137,7 @@ impl Config {
 
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Config({:04x}:{:04x}, class {:06x})",
-            self.vendor_id(),
-            self.device_id(),
-            self.class()
-        )
+        write!(f, "Config({:04x}:{:04x}, class {:06x})", self.vendor_id(), self.device_id(), self.class())
     }
 }
 
@@ -263,14 +249,8 @@ impl ConfigSpace {
     pub fn with_extended(mut self, id: u16, version: u8, body: &[u8], writable: &[u8]) -> Self {
         let at = self.next_extended;
         let end = usize::from(at) + 4 + body.len();
-        assert!(
-            end <= CONFIG_LEN.into(),
-            "no room for extended capability {id:#x}"
-        );
-        self.put(
-            at,
-            &(u32::from(id) | u32::from(version & 0xf) << 16).to_le_bytes(),
-        );
+        assert!(end <= CONFIG_LEN.into(), "no room for extended capability {id:#x}");
+        self.put(at, &(u32::from(id) | u32::from(version & 0xf) << 16).to_le_bytes());
         self.put_body(at + 4, body, writable);
         if let Some(last) = self.last_extended {
             let header = self.read(last, Width::Bits32) as u32 | u32::from(at) << 20;

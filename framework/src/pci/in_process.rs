@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use underpass_iommu::soft::{Bus, SoftDevice};
-use underpass_iommu::{Error, ErrorKind, Result};
+use underpass_iommu::{Attachable, Error, ErrorKind, Result};
 
 use super::{ConfigSpace, Function, Run};
 use crate::bar::Bar;
@@ -62,10 +62,7 @@ impl InProcess {
         config.enable_memory();
         model.config_written(&config);
         let interrupts = Interrupts::default();
-        let host = ModelHost {
-            soft: Arc::clone(soft),
-            interrupts: interrupts.clone(),
-        };
+        let host = ModelHost { soft: Arc::clone(soft), interrupts: interrupts.clone() };
         let engines = model.start(Arc::new(host));
         let (workers, stepped) = match run {
             Run::Stepped => (Vec::new(), engines),
@@ -125,10 +122,7 @@ impl InProcess {
 
     /// Ends the stepped engines: waits for a step in progress, and there is no other.
     pub(super) fn stop(&self) {
-        self.stepped
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.stepped.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
@@ -184,33 +178,21 @@ fn spawn(device: &str, engines: Vec<Box<dyn Engine>>, cores: &[usize]) -> Result
             core: (!cores.is_empty()).then(|| cores[n % cores.len()]),
             idle: Idle::Adaptive,
         };
-        Worker::spawn(
-            config,
-            move |_| if engine.step() { Work::Busy } else { Work::Idle },
-        )
-        .map_err(|error| error.device(device.to_owned()))
+        Worker::spawn(config, move |_| if engine.step() { Work::Busy } else { Work::Idle })
+            .map_err(|error| error.device(device.to_owned()))
     };
     engines.into_iter().enumerate().map(start).collect()
 }
 
 fn engine_panicked(device: &str, message: String) -> Error {
-    Error::new(
-        ErrorKind::Gone,
-        "run an engine",
-        format!("it panicked: {message}"),
-    )
-    .device(device.to_owned())
+    Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}")).device(device.to_owned())
 }
 
 /// The BAR that `spec` describes.
 pub(super) fn bar(function: &Arc<InProcess>, spec: BarSpec) -> Result<Bar> {
     let BarSpec { index, len, kind } = spec;
     let wrong = |why: &'static str| {
-        Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("make BAR {index} of the model"),
-            why,
-        ))
+        Err(Error::new(ErrorKind::InvalidInput, format!("make BAR {index} of the model"), why))
     };
     if index > 5 {
         return wrong("a function has BARs 0 to 5");
@@ -219,11 +201,7 @@ pub(super) fn bar(function: &Arc<InProcess>, spec: BarSpec) -> Result<Bar> {
         return wrong("its length is no power of two from 64 up");
     }
     match kind {
-        BarKind::Registers => Ok(Bar::registers(
-            Arc::clone(function) as Arc<dyn Function>,
-            index,
-            len,
-        )),
+        BarKind::Registers => Ok(Bar::registers(Arc::clone(function) as Arc<dyn Function>, index, len)),
         BarKind::Doorbells { page, targets } => {
             if !page.is_power_of_two() || page < 64 || targets.len() as u64 > len / page {
                 return wrong("its doorbell pages are no power of two from 64 up, or do not fit");

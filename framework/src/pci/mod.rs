@@ -106,14 +106,7 @@ impl PciDevice {
             bars.push((index, bar.named(format!("BAR {index} of {name}"))));
         }
         let config = Config::new(Arc::clone(&function) as Arc<dyn Function>);
-        Ok(Self {
-            engines,
-            function,
-            config,
-            bars,
-            soft,
-            iommu: iommu.clone(),
-        })
+        Ok(Self { engines, function, config, bars, soft, iommu: iommu.clone() })
     }
 
     /// The device's name: "soft:dsa".
@@ -133,11 +126,7 @@ impl PciDevice {
     pub fn bar(&self, index: usize) -> Result<Bar> {
         let found = self.bars.iter().find(|(found, _)| *found == index);
         found.map(|(_, bar)| bar.clone()).ok_or_else(|| {
-            self.error(
-                ErrorKind::Device,
-                format!("use BAR {index}"),
-                "the device has no such memory BAR",
-            )
+            self.error(ErrorKind::Device, format!("use BAR {index}"), "the device has no such memory BAR")
         })
     }
 
@@ -176,11 +165,7 @@ impl PciDevice {
             return Ok(());
         }
         let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
-        Err(self.error(
-            ErrorKind::Device,
-            operation,
-            "the command register does not keep what is written",
-        ))
+        Err(self.error(ErrorKind::Device, operation, "the command register does not keep what is written"))
     }
 
     /// The IOMMU that it is behind.

@@ -31,22 +31,12 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn of(page_size: PageSize) -> Self {
-        let folder = format!(
-            "/sys/kernel/mm/hugepages/hugepages-{}kB",
-            page_size.bytes() / 1024
-        );
-        Self {
-            page_size,
-            folder: folder.into(),
-        }
+        let folder = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_size.bytes() / 1024);
+        Self { page_size, folder: folder.into() }
     }
 
     fn read(&self, file: &str) -> Option<u64> {
-        fs::read_to_string(self.folder.join(file))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
+        fs::read_to_string(self.folder.join(file)).ok()?.trim().parse().ok()
     }
 
     /// How many pages are reserved by the administrator.
@@ -63,10 +53,7 @@ impl Pool {
     /// Why `needed` pages could not be had, and what to do about it.
     pub(super) fn shortage(&self, needed: u64) -> (String, String) {
         let free = self.free();
-        let why = format!(
-            "{needed} huge pages of {} are needed, {free} are free",
-            self.page_size
-        );
+        let why = format!("{needed} huge pages of {} are needed, {free} are free", self.page_size);
         let enough = self.total() + needed.saturating_sub(free);
         let file = self.folder.join("nr_hugepages");
         (why, format!("run: echo {enough} | sudo tee {}", file.display()))
@@ -95,16 +82,8 @@ fn meminfo(key: &str) -> Option<u64> {
 }
 
 fn parse_meminfo(text: &str, key: &str) -> Option<u64> {
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-    value
-        .trim()
-        .strip_suffix("kB")?
-        .trim_end()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    value.trim().strip_suffix("kB")?.trim_end().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// How much memory could be had without swapping, as the kernel estimates it. It knows nothing of the limits of a
@@ -116,9 +95,7 @@ pub(super) fn available_memory() -> Option<u64> {
 /// The size of huge page that anonymous mappings get, if there is one and it is one of ours.
 pub(super) fn default_huge_page() -> Option<PageSize> {
     let bytes = meminfo("Hugepagesize")?;
-    [PageSize::Size2M, PageSize::Size1G]
-        .into_iter()
-        .find(|size| size.bytes() == bytes)
+    [PageSize::Size2M, PageSize::Size1G].into_iter().find(|size| size.bytes() == bytes)
 }
 
 /// Says why memory can not come from NUMA node `node`, if it can not.
@@ -129,9 +106,7 @@ pub(super) fn check_numa_node(node: u32) -> Result<(), String> {
     if in_list(nodes, node) {
         return Ok(());
     }
-    Err(format!(
-        "there is no NUMA node {node} with memory; those with memory are {nodes}"
-    ))
+    Err(format!("there is no NUMA node {node} with memory; those with memory are {nodes}"))
 }
 
 /// Whether `number` is in a list as the kernel writes them: `0-3,8`.
@@ -172,16 +147,9 @@ mod tests {
         let text = "MemTotal:       24600 kB\nHugePages_Total:       3\nHugepagesize:       2048 kB\n";
         assert_eq!(parse_meminfo(text, "MemTotal"), Some(24600 * 1024));
         assert_eq!(parse_meminfo(text, "Hugepagesize"), Some(2 << 20));
-        assert_eq!(
-            parse_meminfo(text, "HugePages_Total"),
-            None,
-            "a count is not a size"
-        );
+        assert_eq!(parse_meminfo(text, "HugePages_Total"), None, "a count is not a size");
         assert_eq!(parse_meminfo(text, "Huge"), None);
-        assert_eq!(
-            parse_meminfo("MemTotal: 99999999999999999999 kB", "MemTotal"),
-            None
-        );
+        assert_eq!(parse_meminfo("MemTotal: 99999999999999999999 kB", "MemTotal"), None);
     }
 
     #[test]
@@ -201,15 +169,9 @@ mod tests {
 
     #[test]
     fn a_shortage_says_what_to_run() {
-        let pool = Pool {
-            page_size: PageSize::Size2M,
-            folder: "/nowhere/hugepages-2048kB".into(),
-        };
+        let pool = Pool { page_size: PageSize::Size2M, folder: "/nowhere/hugepages-2048kB".into() };
         let (why, mend) = pool.shortage(32);
         assert_eq!(why, "32 huge pages of 2 MiB are needed, 0 are free");
-        assert_eq!(
-            mend,
-            "run: echo 32 | sudo tee /nowhere/hugepages-2048kB/nr_hugepages"
-        );
+        assert_eq!(mend, "run: echo 32 | sudo tee /nowhere/hugepages-2048kB/nr_hugepages");
     }
 }

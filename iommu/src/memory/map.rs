@@ -73,16 +73,10 @@ impl Map {
     /// `len` bytes of private huge pages of the system's default size, which is `page` bytes and divides `len`;
     /// `None` if the pool has not enough. There must be such a size (`Hugepagesize` in /proc/meminfo).
     pub(super) fn anonymous_huge(len: usize, page: usize) -> Option<Self> {
-        let layout = Layout::from_size_align(len, page)
-            .ok()
-            .filter(|layout| layout.size() != 0)?;
+        let layout = Layout::from_size_align(len, page).ok().filter(|layout| layout.size() != 0)?;
         // SAFETY: the layout's size is not zero.
         let start = NonNull::new(unsafe { hugepage_rs::alloc(layout) })?;
-        Some(Self {
-            start,
-            len,
-            layout: Some(layout),
-        })
+        Some(Self { start, len, layout: Some(layout) })
     }
 
     /// Addresses that nothing else in this process gets, without access or memory.
@@ -100,11 +94,7 @@ impl Map {
     }
 
     fn new(start: *mut u8, len: usize) -> Result<Self, Errno> {
-        Ok(Self {
-            start: NonNull::new(start).ok_or(Errno::NOMEM)?,
-            len,
-            layout: None,
-        })
+        Ok(Self { start: NonNull::new(start).ok_or(Errno::NOMEM)?, len, layout: None })
     }
 
     /// The first `at` bytes, whole pages, and what follows them; either may be empty.
@@ -115,16 +105,8 @@ impl Map {
         // The parts own the range from here on.
         let whole = ManuallyDrop::new(self);
         (
-            Self {
-                start: whole.start,
-                len: at,
-                layout: None,
-            },
-            Self {
-                start: behind,
-                len: whole.len - at,
-                layout: None,
-            },
+            Self { start: whole.start, len: at, layout: None },
+            Self { start: behind, len: whole.len - at, layout: None },
         )
     }
 

@@ -94,10 +94,8 @@ impl Region {
                 .mend("hand over a memfd: memfd_create(2) with MFD_ALLOW_SEALING")
         })?;
         if !seals.contains(SealFlags::SHRINK) {
-            return Err(
-                invalid("it is not sealed against shrinking, and may do so while a device uses it")
-                    .mend("in the process that made it, call fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)"),
-            );
+            return Err(invalid("it is not sealed against shrinking, and may do so while a device uses it")
+                .mend("in the process that made it, call fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)"));
         }
         if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
             return Err(invalid("it is sealed against writing").mend("hand over a memfd without that seal"));
@@ -106,9 +104,8 @@ impl Region {
         let filesystem = rustix::fs::fstatfs(&fd).map_err(os)?;
         let page_size = if host::is_hugetlbfs(&filesystem) {
             let bytes = filesystem.f_bsize;
-            let known = PageSize::LARGEST_FIRST
-                .into_iter()
-                .find(|size| i64::try_from(size.bytes()) == Ok(bytes));
+            let known =
+                PageSize::LARGEST_FIRST.into_iter().find(|size| i64::try_from(size.bytes()) == Ok(bytes));
             known.ok_or_else(|| {
                 let why = format!("its pages are of {bytes} bytes");
                 Error::new(ErrorKind::Unsupported, OPERATION, why).mend("use pages of 4 KiB, 2 MiB or 1 GiB")
@@ -127,8 +124,7 @@ impl Region {
         }
         let map = map_memfd(&fd, len, page_size)?;
         let huge = page_size != PageSize::Size4K;
-        map.populate(Some(fd.as_fd()))
-            .map_err(|errno| short_of(len, page_size, huge, errno))?;
+        map.populate(Some(fd.as_fd())).map_err(|errno| short_of(len, page_size, huge, errno))?;
         Ok(Self::assemble(map, Some(fd), page_size))
     }
 
@@ -136,11 +132,7 @@ impl Region {
         let len = map.len() as u64;
         Arc::new(Self {
             preferred_iova: PREFERRED.take(len, alignment(len, page_size)),
-            owned: ManuallyDrop::new(Owned {
-                map,
-                fd,
-                slot: Slot::take(),
-            }),
+            owned: ManuallyDrop::new(Owned { map, fd, slot: Slot::take() }),
             page_size,
             claimed: AtomicBool::new(false),
             leaked: AtomicBool::new(false),
@@ -222,13 +214,7 @@ impl Drop for Region {
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Region#{}({} of {} pages)",
-            self.id().index(),
-            Bytes(self.len()),
-            self.page_size
-        )
+        write!(f, "Region#{}({} of {} pages)", self.id().index(), Bytes(self.len()), self.page_size)
     }
 }
 
@@ -373,14 +359,9 @@ impl RegionBuilder {
         // A child that is forked would otherwise share the pages until one of the two writes, and that one would
         // get a copy the device knows nothing of.
         map.keep_from_children().map_err(|errno| {
-            Error::os(
-                self.operation(),
-                "it can not be kept out of forked processes",
-                errno,
-            )
+            Error::os(self.operation(), "it can not be kept out of forked processes", errno)
         })?;
-        map.populate(None)
-            .map_err(|errno| short_of(len, page_size, true, errno))?;
+        map.populate(None).map_err(|errno| short_of(len, page_size, true, errno))?;
         Ok(Region::assemble(map, None, page_size))
     }
 
@@ -388,11 +369,7 @@ impl RegionBuilder {
     fn place(&self, map: &Map) -> Result<()> {
         let Some(node) = self.numa_node else { return Ok(()) };
         map.prefer_node(node).map_err(|errno| {
-            Error::os(
-                self.operation(),
-                format!("it can not be placed near NUMA node {node}"),
-                errno,
-            )
+            Error::os(self.operation(), format!("it can not be placed near NUMA node {node}"), errno)
         })
     }
 
@@ -423,8 +400,9 @@ impl RegionBuilder {
 /// no more than an eighth of it.
 fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
     PageSize::LARGEST_FIRST.into_iter().filter(move |size| {
-        let waste = len.next_multiple_of(size.bytes()).wrapping_sub(len);
-        *size != PageSize::Size4K && size.bytes() <= len && waste <= len / 8
+        let rounded = len.checked_next_multiple_of(size.bytes());
+        let wastes_little = rounded.is_some_and(|rounded| rounded - len <= len / 8);
+        *size != PageSize::Size4K && size.bytes() <= len && wastes_little
     })
 }
 
@@ -432,9 +410,7 @@ fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
 /// much, so that an IOMMU which finds the pages in a row can use one entry for them.
 fn alignment(len: u64, page_size: PageSize) -> u64 {
     let large = len >= PageSize::Size2M.bytes();
-    page_size
-        .max(if large { PageSize::Size2M } else { PageSize::Size4K })
-        .bytes()
+    page_size.max(if large { PageSize::Size2M } else { PageSize::Size4K }).bytes()
 }
 
 fn map_memfd(fd: &OwnedFd, len: u64, page_size: PageSize) -> Result<Map> {

@@ -57,10 +57,7 @@ impl Drop for Slot {
 
 /// The addresses that regions prefer: above what 32-bit devices and MSI windows take, below the 39 bits that the
 /// smallest IOMMUs in use translate.
-pub(super) static PREFERRED: Window = Window {
-    next: AtomicU64::new(1 << 32),
-    end: 1 << 38,
-};
+pub(super) static PREFERRED: Window = Window { next: AtomicU64::new(1 << 32), end: 1 << 38 };
 
 /// Addresses that are given away from the lowest to the highest, each once.
 pub(super) struct Window {
@@ -74,10 +71,7 @@ impl Window {
         let start = |next: u64| next.checked_next_multiple_of(alignment);
         let end = |next: u64| start(next)?.checked_add(len).filter(|&end| end <= self.end);
         // Relaxed: the number is all that is shared.
-        let before = self
-            .next
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, end)
-            .ok()?;
+        let before = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, end).ok()?;
         start(before).map(Iova::new)
     }
 }
@@ -88,20 +82,13 @@ mod tests {
 
     #[test]
     fn a_window_gives_each_address_once_and_ends() {
-        let window = Window {
-            next: AtomicU64::new(0x3000),
-            end: 0x10_0000,
-        };
+        let window = Window { next: AtomicU64::new(0x3000), end: 0x10_0000 };
         assert_eq!(window.take(0x1000, 0x1000), Some(Iova::new(0x3000)));
         assert_eq!(window.take(0x8000, 0x4000), Some(Iova::new(0x4000)));
         assert_eq!(window.take(0x1000, 0x8000), Some(Iova::new(0x1_0000)));
         assert_eq!(window.take(0x10_0000, 0x1000), None, "too large for what is left");
         assert_eq!(window.take(u64::MAX, 0x1000), None);
-        assert_eq!(
-            window.take(0xe_f000, 0x1000),
-            Some(Iova::new(0x1_1000)),
-            "a refusal takes nothing"
-        );
+        assert_eq!(window.take(0xe_f000, 0x1000), Some(Iova::new(0x1_1000)), "a refusal takes nothing");
         assert_eq!(window.take(0x1000, 0x1000), None);
     }
 }

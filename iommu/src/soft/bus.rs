@@ -14,15 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::guard::Slot;
+use super::table::{self, Run};
+use super::tlb::Tlb;
 use super::{Context, SoftDevice, sva};
 use crate::{Access, Fault, FaultReason, Iova, Pasid};
 
 /// The most bytes that one access covers: unmapping waits for no more than that.
 const MAX_ACCESS: u64 = 64 * 1024;
-
-/// Entries of the IOTLB, a power of two.
-const TLB_ENTRIES: usize = 128;
-const TLB_SHIFT: u32 = 16;
 
 /// A refused access. `done` bytes of the operation were done before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,31 +44,10 @@ pub struct DmaFault {
 pub struct Bus {
     device: Arc<SoftDevice>,
     slot: Arc<Slot>,
-    tlb: Box<[Entry; TLB_ENTRIES]>,
+    tlb: Tlb,
     /// For copies under SVA.
     bounce: Vec<u8>,
 }
-
-/// A cached translation: a run of neighbouring pages inside one 64 KiB granule.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    /// The device's generation when it was cached: any unmap or detach since makes it void.
-    generation: u64,
-    start: u64,
-    end: u64,
-    host: u64,
-    pasid: u32,
-    access: u8,
-}
-
-const VOID: Entry = Entry {
-    generation: 0,
-    start: 0,
-    end: 0,
-    host: 0,
-    pasid: 0,
-    access: 0,
-};
 
 /// Where an address is.
 enum Place {
@@ -80,17 +57,10 @@ enum Place {
     Process,
 }
 
-type Refused = (FaultReason, u64);
-
 impl Bus {
     pub(super) fn new(device: Arc<SoftDevice>) -> Self {
         let slot = device.add_slot();
-        Self {
-            device,
-            slot,
-            tlb: Box::new([VOID; TLB_ENTRIES]),
-            bounce: Vec::new(),
-        }
+        Self { device, slot, tlb: Tlb::new(), bounce: Vec::new() }
     }
 
     /// The device that this bus belongs to.
@@ -100,44 +70,32 @@ impl Bus {
 
     /// Reads `out.len()` bytes.
     pub fn read(&mut self, pasid: Option<Pasid>, iova: Iova, out: &mut [u8]) -> Result<(), DmaFault> {
-        self.pieces(
-            pasid,
-            iova,
-            out.len() as u64,
-            Access::READ,
-            |place, address, done, len| {
-                let part = &mut out[done as usize..(done + len) as usize];
-                match place {
-                    // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
-                    Place::Host { at, .. } => unsafe {
-                        ptr::copy_nonoverlapping(at, part.as_mut_ptr(), part.len());
-                    },
-                    Place::Process => return sva::read(address, part) as u64,
-                }
-                len
-            },
-        )
+        self.pieces(pasid, iova, out.len() as u64, Access::READ, |place, address, done, len| {
+            let part = &mut out[done as usize..(done + len) as usize];
+            match place {
+                // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
+                Place::Host { at, .. } => unsafe {
+                    ptr::copy_nonoverlapping(at, part.as_mut_ptr(), part.len());
+                },
+                Place::Process => return sva::read(address, part) as u64,
+            }
+            len
+        })
     }
 
     /// Writes `data`.
     pub fn write(&mut self, pasid: Option<Pasid>, iova: Iova, data: &[u8]) -> Result<(), DmaFault> {
-        self.pieces(
-            pasid,
-            iova,
-            data.len() as u64,
-            Access::WRITE,
-            |place, address, done, len| {
-                let part = &data[done as usize..(done + len) as usize];
-                match place {
-                    // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
-                    Place::Host { at, .. } => unsafe {
-                        ptr::copy_nonoverlapping(part.as_ptr(), at, part.len());
-                    },
-                    Place::Process => return sva::write(address, part) as u64,
-                }
-                len
-            },
-        )
+        self.pieces(pasid, iova, data.len() as u64, Access::WRITE, |place, address, done, len| {
+            let part = &data[done as usize..(done + len) as usize];
+            match place {
+                // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
+                Place::Host { at, .. } => unsafe {
+                    ptr::copy_nonoverlapping(part.as_ptr(), at, part.len());
+                },
+                Place::Process => return sva::write(address, part) as u64,
+            }
+            len
+        })
     }
 
     /// Fills `len` bytes with `pattern`, its low byte first.
@@ -183,11 +141,7 @@ impl Bus {
                 let piece = in_last_page(src_end).min(in_last_page(dst_end)).min(len - done);
                 (src_end.wrapping_sub(piece), dst_end.wrapping_sub(piece), piece)
             } else {
-                (
-                    src.wrapping_add(done),
-                    dst.wrapping_add(done),
-                    (len - done).min(MAX_ACCESS),
-                )
+                (src.wrapping_add(done), dst.wrapping_add(done), (len - done).min(MAX_ACCESS))
             };
             match self.copy_piece(pasid, from, to, most) {
                 Ok(moved) => done += moved,
@@ -211,14 +165,8 @@ impl Bus {
         let target = self.translate(pasid, to, most, Access::WRITE);
         let moved = match (source, target) {
             (
-                Ok(Place::Host {
-                    at: source,
-                    len: readable,
-                }),
-                Ok(Place::Host {
-                    at: target,
-                    len: writable,
-                }),
+                Ok(Place::Host { at: source, len: readable }),
+                Ok(Place::Host { at: target, len: writable }),
             ) => {
                 let len = readable.min(writable).min(most);
                 // SAFETY: both are valid for len bytes during this access. `copy` allows overlap, which two
@@ -227,8 +175,8 @@ impl Bus {
                 Ok(len)
             }
             (Ok(Place::Process), Ok(Place::Process)) => self.copy_in_process(from, to, most),
-            (Err((reason, _)), _) => Err((from, Access::READ, reason)),
-            (_, Err((reason, _))) => Err((to, Access::WRITE, reason)),
+            (Err(reason), _) => Err((from, Access::READ, reason)),
+            (_, Err(reason)) => Err((to, Access::WRITE, reason)),
             // One PASID has one address space.
             _ => unreachable!("one access, two kinds of address space"),
         };
@@ -293,34 +241,26 @@ impl Bus {
     ) -> Result<(), DmaFault> {
         self.pieces(pasid, iova, len, access, |place, address, _, len| match place {
             Place::Host { .. } => len,
-            Place::Process => (0..len)
-                .step_by(4096)
-                .find(|at| !sva::check(address + at, access))
-                .unwrap_or(len),
+            Place::Process => {
+                (0..len).step_by(4096).find(|at| !sva::check(address + at, access)).unwrap_or(len)
+            }
         })
     }
 
     /// Writes the lines of `len` bytes back from the CPU's caches and drops them.
     pub fn flush(&mut self, pasid: Option<Pasid>, iova: Iova, len: u64) -> Result<(), DmaFault> {
-        self.pieces(
-            pasid,
-            iova,
-            len,
-            Access::READ,
-            |place, address, _, len| match place {
-                Place::Host { at, .. } => {
-                    for line in (0..len).step_by(64) {
-                        // SAFETY: line < len, for which `at` is valid.
-                        flush_line(unsafe { at.add(line as usize) });
-                    }
-                    len
+        self.pieces(pasid, iova, len, Access::READ, |place, address, _, len| match place {
+            Place::Host { at, .. } => {
+                for line in (0..len).step_by(64) {
+                    // SAFETY: line < len, for which `at` is valid.
+                    flush_line(unsafe { at.add(line as usize) });
                 }
-                Place::Process => (0..len)
-                    .step_by(4096)
-                    .find(|at| !sva::check(address + at, Access::READ))
-                    .unwrap_or(len),
-            },
-        )
+                len
+            }
+            Place::Process => {
+                (0..len).step_by(4096).find(|at| !sva::check(address + at, Access::READ)).unwrap_or(len)
+            }
+        })
     }
 
     /// Calls `each(place, address, done, len)` for one piece after another, each in an access of its own. It returns
@@ -341,11 +281,7 @@ impl Bus {
             let most = (len - done).min(MAX_ACCESS).min(u64::MAX - at).max(1);
             self.slot.enter();
             let result = self.translate(pasid, at, most, access).map(|place| {
-                let piece = if let Place::Host { len, .. } = place {
-                    len.min(most)
-                } else {
-                    most
-                };
+                let piece = if let Place::Host { len, .. } = place { len.min(most) } else { most };
                 (piece, each(place, at, done, piece))
             });
             self.slot.exit();
@@ -362,7 +298,7 @@ impl Bus {
                         return Err(self.refuse(pasid, missing, access, reason, done));
                     }
                 }
-                Err((reason, _)) => return Err(self.refuse(pasid, at, access, reason, done)),
+                Err(reason) => return Err(self.refuse(pasid, at, access, reason, done)),
             }
         }
         Ok(())
@@ -390,7 +326,7 @@ impl Bus {
                     Err(FaultReason::NotMapped)
                 }
             }
-            Err((reason, _)) => Err(reason),
+            Err(reason) => Err(reason),
         };
         self.slot.exit();
         result.map_err(|reason| self.refuse(pasid, iova.get(), access, reason, 0))
@@ -404,71 +340,47 @@ impl Bus {
         iova: u64,
         most: u64,
         access: Access,
-    ) -> Result<Place, Refused> {
-        let number = pasid.map_or(0, Pasid::get);
-        let entry = &self.tlb[index(number, iova)];
+    ) -> Result<Place, FaultReason> {
         // Acquire: pairs with the Release in `SoftDevice::invalidate`. It is read inside the access, so that
         // either it shows the unmap or the unmap waits for this access.
         let generation = self.device.generation.load(Ordering::Acquire);
-        let hit = entry.generation == generation
-            && entry.pasid == number
-            && iova.wrapping_sub(entry.start) < entry.end - entry.start
-            && entry.access & access.bits() == access.bits();
-        if hit && !self.device.check_leases() {
-            let at = ptr::with_exposed_provenance_mut((entry.host + (iova - entry.start)) as usize);
-            return Ok(Place::Host {
-                at,
-                len: entry.end - iova,
-            });
+        match self.tlb.lookup(generation, pasid, iova, access) {
+            Some(run) if !self.device.check_leases() => Ok(place(run, iova)),
+            _ => self.translate_by_tables(pasid, iova, most, access, generation),
         }
-        self.translate_slowly(pasid, iova, most, access, generation)
     }
 
     #[cold]
-    fn translate_slowly(
+    fn translate_by_tables(
         &mut self,
         pasid: Option<Pasid>,
         iova: u64,
         most: u64,
         access: Access,
         generation: u64,
-    ) -> Result<Place, Refused> {
-        let device = Arc::clone(&self.device);
-        // SAFETY: this is inside an access of this device's own slot.
-        let Some(context) = (unsafe { device.context(pasid) }) else {
-            return Err((FaultReason::NotAttached, 0));
-        };
-        let domain = match context {
+    ) -> Result<Place, FaultReason> {
+        // SAFETY: this is inside an access of this device's own slot, and the result does not leave it.
+        let context = unsafe { self.device.context(pasid) };
+        let domain = match context.ok_or(FaultReason::NotAttached)? {
             Context::Process => return Ok(Place::Process),
             Context::Domain(domain) => domain,
         };
-        if iova >> super::table::ADDRESS_BITS != 0 {
-            return Err((FaultReason::OutOfRange, 0));
+        if iova >> table::ADDRESS_BITS != 0 {
+            return Err(FaultReason::OutOfRange);
         }
-        let Some(run) = domain.table.walk(iova) else {
-            return Err((FaultReason::NotMapped, 0));
-        };
-        if run.access & access.bits() != access.bits() {
-            return Err((FaultReason::Permission, 0));
+        let mut run = domain.table.walk(iova).ok_or(FaultReason::NotMapped)?;
+        if !run.allows(access) {
+            return Err(FaultReason::Permission);
         }
-        let number = pasid.map_or(0, Pasid::get);
-        let mut len = run.end - iova;
+        self.tlb.insert(generation, pasid, iova, run);
         if let Some(leases) = &domain.leases {
-            len = leases.covered(iova, len.min(most), access);
-            if len == 0 {
-                return Err((FaultReason::NotLeased, 0));
+            let leased = leases.covered(iova, (run.end - iova).min(most), access);
+            if leased == 0 {
+                return Err(FaultReason::NotLeased);
             }
+            run.end = iova + leased;
         }
-        self.tlb[index(number, iova)] = Entry {
-            generation,
-            start: run.start,
-            end: run.end,
-            host: run.host,
-            pasid: number,
-            access: run.access,
-        };
-        let at = ptr::with_exposed_provenance_mut((run.host + (iova - run.start)) as usize);
-        Ok(Place::Host { at, len })
+        Ok(place(run, iova))
     }
 
     #[cold]
@@ -481,19 +393,8 @@ impl Bus {
         done: u64,
     ) -> DmaFault {
         let iova = Iova::new(iova);
-        self.device.faults.push(Fault {
-            device: Arc::clone(&self.device.name),
-            pasid,
-            iova,
-            access,
-            reason,
-        });
-        DmaFault {
-            iova,
-            access,
-            reason,
-            done,
-        }
+        self.device.faults.push(Fault { device: Arc::clone(&self.device.name), pasid, iova, access, reason });
+        DmaFault { iova, access, reason, done }
     }
 }
 
@@ -506,9 +407,9 @@ impl Drop for Bus {
 }
 
 #[inline]
-fn index(pasid: u32, iova: u64) -> usize {
-    // PASIDs are small and neighbours; spread them so that two queues with the same addresses do not collide.
-    ((iova >> TLB_SHIFT) as usize ^ (pasid as usize).wrapping_mul(37)) % TLB_ENTRIES
+fn place(run: Run, iova: u64) -> Place {
+    let at = ptr::with_exposed_provenance_mut((run.host + (iova - run.start)) as usize);
+    Place::Host { at, len: run.end - iova }
 }
 
 /// Bytes between the start of the page that holds the byte before `end`, and `end`.
@@ -517,11 +418,7 @@ fn in_last_page(end: u64) -> u64 {
 }
 
 fn missing_or_read_only(address: u64) -> FaultReason {
-    if sva::check(address, Access::READ) {
-        FaultReason::Permission
-    } else {
-        FaultReason::NotMapped
-    }
+    if sva::check(address, Access::READ) { FaultReason::Permission } else { FaultReason::NotMapped }
 }
 
 #[inline]

@@ -34,10 +34,7 @@ pub(super) struct Slot {
 
 impl Slot {
     pub(super) fn new() -> Self {
-        Self {
-            count: CachePadded::new(AtomicU64::new(0)),
-            asymmetric: barrier::asymmetric(),
-        }
+        Self { count: CachePadded::new(AtomicU64::new(0)), asymmetric: barrier::asymmetric() }
     }
 
     /// Begins an access. What is translated until [`exit`](Self::exit) stays valid until then.
@@ -114,11 +111,7 @@ mod barrier {
     fn membarrier(command: libc::membarrier_cmd) -> Result<(), std::io::Error> {
         // SAFETY: membarrier(2) takes three integers and touches no memory of the caller.
         let result = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
-        if result < 0 {
-            Err(std::io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 

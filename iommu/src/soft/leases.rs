@@ -22,20 +22,12 @@ impl LeaseList {
     }
 
     pub(super) fn grant(&self, iova: Iova, len: u64, access: Access) {
-        self.list().push(Lease {
-            start: iova.get(),
-            end: iova.get() + len,
-            access,
-        });
+        self.list().push(Lease { start: iova.get(), end: iova.get() + len, access });
     }
 
     /// Whether there was such a lease.
     pub(super) fn take_back(&self, iova: Iova, len: u64, access: Access) -> bool {
-        let lease = Lease {
-            start: iova.get(),
-            end: iova.get() + len,
-            access,
-        };
+        let lease = Lease { start: iova.get(), end: iova.get() + len, access };
         let mut list = self.list();
         // The newest are at the end, and most are short-lived.
         let found = list.iter().rposition(|l| *l == lease);
@@ -51,10 +43,8 @@ impl LeaseList {
         let (mut at, end) = (iova, iova + len);
         // Each round goes to the end of some lease, so there are at most as many rounds as leases.
         while at < end {
-            let reach = list
-                .iter()
-                .filter(|l| l.start <= at && at < l.end && l.access.allows(access))
-                .map(|l| l.end);
+            let reach =
+                list.iter().filter(|l| l.start <= at && at < l.end && l.access.allows(access)).map(|l| l.end);
             match reach.max() {
                 Some(reach) => at = reach,
                 None => break,
@@ -77,10 +67,7 @@ mod tests {
         assert_eq!(leases.covered(0x1080, 0x400, Access::READ), 0x180);
         assert_eq!(leases.covered(0x1080, 0x400, Access::WRITE), 0x80);
         assert_eq!(leases.covered(0xfff, 2, Access::READ), 0);
-        assert!(
-            !leases.take_back(Iova::new(0x1000), 0x100, Access::READ),
-            "another lease's rights"
-        );
+        assert!(!leases.take_back(Iova::new(0x1000), 0x100, Access::READ), "another lease's rights");
         assert!(leases.take_back(Iova::new(0x1000), 0x100, Access::READ_WRITE));
         assert_eq!(leases.covered(0x1080, 1, Access::READ), 0);
     }

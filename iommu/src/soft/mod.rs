@@ -24,30 +24,33 @@
 //! ```
 //!
 //! # Why `unsafe` is here
-//! A context that a device reads without a lock must stay valid while it does: contexts are published as raw
-//! pointers and given back after [`guard::wait_for`], as [`SoftDevice::context`] says. The other modules state their
-//! own invariants: `table` (nodes), `bus` (the copies), `sva` (this process's own addresses), `guard` (a system call).
+//! Detaching gives a context back that a device may have been reading without a lock: see `device`. The other modules
+//! state their own invariants: `table` (nodes), `bus` (the copies), `sva` (this process's own addresses), `guard` (a
+//! system call).
 
 mod bus;
+mod device;
 mod guard;
 mod leases;
 mod sva;
 mod table;
 #[cfg(all(test, not(loom)))]
 mod tests;
+mod tlb;
 
 use std::fmt;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use bus::{Bus, DmaFault};
+pub use device::SoftDevice;
 
 use crate::backend::not_my_kind;
 use crate::{
-    Access, Attachable, AttachableKind, Attachment, AttachmentOps, Capabilities, Error, ErrorKind,
-    FaultQueue, Ioas, IoasOps, IommuBackend, Iova, IovaRange, Leases, PageSize, PageSizes, Pasid, Region,
-    Result, SvaToken, Vendor,
+    Access, Attachable, AttachableKind, Attachment, AttachmentOps, Capabilities, Error, ErrorKind, Ioas,
+    IoasOps, IommuBackend, Iova, IovaRange, Leases, PageSize, PageSizes, Pasid, Region, Result, SvaToken,
+    Vendor,
 };
 use guard::Slot;
 use leases::LeaseList;
@@ -77,10 +80,7 @@ impl Default for SoftOptions {
             max_pasids: (1 << 20) - 1,
             address_width: table::ADDRESS_BITS,
             page_sizes: PageSizes::ALL,
-            reserved: vec![IovaRange {
-                first: Iova::new(0xfee0_0000),
-                last: Iova::new(0xfeef_ffff),
-            }],
+            reserved: vec![IovaRange { first: Iova::new(0xfee0_0000), last: Iova::new(0xfeef_ffff) }],
             fault_records: 256,
         }
     }
@@ -95,14 +95,10 @@ pub struct SoftIommu {
 impl SoftIommu {
     /// An IOMMU with no devices behind it yet.
     pub fn new(mut options: SoftOptions) -> Self {
-        options.address_width = options
-            .address_width
-            .clamp(PageSize::Size1G.shift(), table::ADDRESS_BITS);
+        options.address_width = options.address_width.clamp(PageSize::Size1G.shift(), table::ADDRESS_BITS);
         options.max_pasids = options.max_pasids.min((1 << 20) - 1);
         options.fault_records = options.fault_records.max(1);
-        Self {
-            options: Arc::new(options),
-        }
+        Self { options: Arc::new(options) }
     }
 
     /// How it was made.
@@ -112,16 +108,7 @@ impl SoftIommu {
 
     /// Puts a new device behind this IOMMU, attached to nothing.
     pub fn device(&self, name: &str) -> Arc<SoftDevice> {
-        Arc::new(SoftDevice {
-            name: name.into(),
-            iommu: self.clone(),
-            faults: FaultQueue::new(self.options.fault_records),
-            generation: AtomicU64::new(1),
-            rid: ContextCell::default(),
-            pasids: [const { AtomicPtr::new(ptr::null_mut()) }; PASID_LEAVES],
-            slots: Mutex::default(),
-            attach: Mutex::default(),
-        })
+        SoftDevice::new(name, self.clone())
     }
 
     fn soft_device<'a>(&self, device: &'a dyn Attachable) -> Result<&'a Arc<SoftDevice>> {
@@ -146,15 +133,8 @@ impl IommuBackend for SoftIommu {
 
     fn alloc_ioas(&self) -> Result<Ioas> {
         let leases = self.options.check_leases.then(LeaseList::default);
-        let domain = Domain {
-            table: Table::new(),
-            leases,
-            devices: Mutex::default(),
-        };
-        Ok(Ioas::from_ops(Box::new(SoftIoas {
-            iommu: self.clone(),
-            domain: Arc::new(domain),
-        })))
+        let domain = Domain { table: Table::new(), leases, devices: Mutex::default() };
+        Ok(Ioas::from_ops(Box::new(SoftIoas { iommu: self.clone(), domain: Arc::new(domain) })))
     }
 
     fn attach_sva(&self, device: &dyn Attachable, pasid: Pasid, _token: SvaToken) -> Result<Attachment> {
@@ -181,11 +161,7 @@ impl Domain {
 
     /// Returns once no access can use what was taken out of the tables or leases before this call.
     fn invalidate(&self) {
-        let slots: Vec<Arc<Slot>> = self
-            .devices()
-            .iter()
-            .flat_map(|device| device.invalidate())
-            .collect();
+        let slots: Vec<Arc<Slot>> = self.devices().iter().flat_map(|device| device.invalidate()).collect();
         guard::wait_for(&slots);
     }
 }
@@ -204,11 +180,7 @@ impl fmt::Debug for SoftIoas {
 impl IoasOps for SoftIoas {
     fn attach(&self, device: &dyn Attachable, pasid: Option<Pasid>) -> Result<Box<dyn AttachmentOps>> {
         let soft = self.iommu.soft_device(device)?;
-        Ok(Box::new(SoftAttachment::new(
-            soft,
-            pasid,
-            Context::Domain(Arc::clone(&self.domain)),
-        )?))
+        Ok(Box::new(SoftAttachment::new(soft, pasid, Context::Domain(Arc::clone(&self.domain)))?))
     }
 
     fn usable_iovas(&self) -> Vec<IovaRange> {
@@ -222,18 +194,12 @@ impl IoasOps for SoftIoas {
                 break;
             }
             if hole.first.get() > at {
-                usable.push(IovaRange {
-                    first: Iova::new(at),
-                    last: Iova::new(hole.first.get() - 1),
-                });
+                usable.push(IovaRange { first: Iova::new(at), last: Iova::new(hole.first.get() - 1) });
             }
             at = at.max(hole.last.get().saturating_add(1));
         }
         if at <= last {
-            usable.push(IovaRange {
-                first: Iova::new(at),
-                last: Iova::new(last),
-            });
+            usable.push(IovaRange { first: Iova::new(at), last: Iova::new(last) });
         }
         usable
     }
@@ -299,134 +265,6 @@ enum Context {
     Process,
 }
 
-const PASID_LEAF: usize = 1024;
-const PASID_LEAVES: usize = 1024;
-
-/// A cell that holds a context (an `Arc`, as a raw pointer) or null.
-#[derive(Debug, Default)]
-struct ContextCell(AtomicPtr<Context>);
-
-/// A device behind the software IOMMU: one requester id, with its PASID table.
-pub struct SoftDevice {
-    name: Arc<str>,
-    iommu: SoftIommu,
-    faults: FaultQueue,
-    /// Counts what makes cached translations void. Starts at 1: 0 marks an empty IOTLB entry.
-    generation: AtomicU64,
-    rid: ContextCell,
-    /// By the upper ten bits of the PASID; a leaf, once made, stays until the device is dropped.
-    pasids: [AtomicPtr<[ContextCell; PASID_LEAF]>; PASID_LEAVES],
-    slots: Mutex<Vec<Arc<Slot>>>,
-    /// Held while contexts are set or cleared.
-    attach: Mutex<()>,
-}
-
-impl SoftDevice {
-    /// A new way to memory for one engine of this device.
-    pub fn bus(self: &Arc<Self>) -> Bus {
-        Bus::new(Arc::clone(self))
-    }
-
-    /// Accesses that were refused, the oldest first.
-    pub fn faults(&self) -> &FaultQueue {
-        &self.faults
-    }
-
-    fn check_leases(&self) -> bool {
-        self.iommu.options.check_leases
-    }
-
-    /// What `pasid` is attached to.
-    ///
-    /// # Safety
-    /// The caller is inside an access (between `enter` and `exit` of a slot of this device) and uses the result
-    /// only there: a detach waits for the access, and frees the context afterwards.
-    #[inline]
-    unsafe fn context(&self, pasid: Option<Pasid>) -> Option<&Context> {
-        let context = self.cell(pasid)?.0.load(Ordering::Acquire);
-        // SAFETY: null, or an Arc's pointer that `SoftAttachment::drop` gives back only after this access.
-        unsafe { context.as_ref() }
-    }
-
-    #[inline]
-    fn cell(&self, pasid: Option<Pasid>) -> Option<&ContextCell> {
-        let Some(pasid) = pasid else {
-            return Some(&self.rid);
-        };
-        let number = pasid.get() as usize;
-        // Acquire: pairs with the Release in `cell_or_new`, so that the leaf is seen filled in.
-        let leaf = self.pasids[number / PASID_LEAF].load(Ordering::Acquire);
-        // SAFETY: null, or a leaf that lives until the device is dropped.
-        let leaf = unsafe { leaf.as_ref() }?;
-        Some(&leaf[number % PASID_LEAF])
-    }
-
-    /// The cell, making its leaf if need be. With `attach` held.
-    fn cell_or_new(&self, pasid: Option<Pasid>) -> &ContextCell {
-        if let Some(pasid) = pasid
-            && self.cell(Some(pasid)).is_none()
-        {
-            let leaf = Box::new([const { ContextCell(AtomicPtr::new(ptr::null_mut())) }; PASID_LEAF]);
-            self.pasids[pasid.get() as usize / PASID_LEAF].store(Box::into_raw(leaf), Ordering::Release);
-        }
-        self.cell(pasid).unwrap_or(&self.rid)
-    }
-
-    fn attach_lock(&self) -> MutexGuard<'_, ()> {
-        self.attach.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn slots(&self) -> MutexGuard<'_, Vec<Arc<Slot>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn add_slot(&self) -> Arc<Slot> {
-        let slot = Arc::new(Slot::new());
-        self.slots().push(Arc::clone(&slot));
-        slot
-    }
-
-    fn remove_slot(&self, slot: &Arc<Slot>) {
-        self.slots().retain(|other| !Arc::ptr_eq(other, slot));
-    }
-
-    /// Makes every cached translation void; returns the slots to wait for.
-    fn invalidate(&self) -> Vec<Arc<Slot>> {
-        // Release: pairs with the Acquire in `Bus::translate`. Whoever sees the new number sees the cleared entries.
-        self.generation.fetch_add(1, Ordering::Release);
-        self.slots().clone()
-    }
-}
-
-impl Drop for SoftDevice {
-    fn drop(&mut self) {
-        // Every attachment and every bus holds the device, so nothing is attached and nobody looks.
-        for leaf in &self.pasids {
-            let leaf = leaf.load(Ordering::Relaxed);
-            if !leaf.is_null() {
-                // SAFETY: it came from Box::into_raw in `cell_or_new`, and nobody else has it.
-                drop(unsafe { Box::from_raw(leaf) });
-            }
-        }
-    }
-}
-
-impl fmt::Debug for SoftDevice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SoftDevice({})", self.name)
-    }
-}
-
-impl Attachable for Arc<SoftDevice> {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn kind(&self) -> AttachableKind<'_> {
-        AttachableKind::Soft(self)
-    }
-}
-
 /// One PASID of a device (or its RID) attached to something. Detaches when dropped.
 #[derive(Debug)]
 struct SoftAttachment {
@@ -452,12 +290,8 @@ impl SoftAttachment {
         let cell = device.cell_or_new(pasid);
         if !cell.0.load(Ordering::Relaxed).is_null() {
             let what = pasid.map_or_else(|| "the device".to_owned(), |pasid| format!("PASID {pasid}"));
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("attach {what}"),
-                "it is attached already",
-            )
-            .mend("drop the earlier attachment first"));
+            return Err(Error::new(ErrorKind::Busy, format!("attach {what}"), "it is attached already")
+                .mend("drop the earlier attachment first"));
         }
         if let Context::Domain(domain) = &context {
             domain.devices().push(Arc::clone(device));
@@ -465,11 +299,7 @@ impl SoftAttachment {
         let published = Arc::into_raw(Arc::new(context.clone())).cast_mut();
         // Release: pairs with the Acquire in `SoftDevice::context`.
         cell.0.store(published, Ordering::Release);
-        Ok(Self {
-            device: Arc::clone(device),
-            pasid,
-            context,
-        })
+        Ok(Self { device: Arc::clone(device), pasid, context })
     }
 }
 
@@ -497,10 +327,7 @@ impl Drop for SoftAttachment {
         drop(unsafe { Arc::from_raw(context) });
         if let Context::Domain(domain) = &self.context {
             let mut devices = domain.devices();
-            if let Some(at) = devices
-                .iter()
-                .position(|device| Arc::ptr_eq(device, &self.device))
-            {
+            if let Some(at) = devices.iter().position(|device| Arc::ptr_eq(device, &self.device)) {
                 devices.swap_remove(at);
             }
         }

@@ -20,10 +20,7 @@ const PAGES: usize = 17;
 pub(super) fn read(address: u64, out: &mut [u8]) -> usize {
     let me = std::process::id().cast_signed();
     transfer(address, out.len(), |remote, done, len| {
-        let local = libc::iovec {
-            iov_base: out[done..].as_mut_ptr().cast(),
-            iov_len: len,
-        };
+        let local = libc::iovec { iov_base: out[done..].as_mut_ptr().cast(), iov_len: len };
         // SAFETY: `local` describes len bytes of `out`, which is borrowed mutably; the kernel checks the remote
         // addresses, which it only reads.
         unsafe { libc::process_vm_readv(me, &raw const local, 1, remote.as_ptr(), remote.len() as _, 0) }
@@ -34,10 +31,7 @@ pub(super) fn read(address: u64, out: &mut [u8]) -> usize {
 pub(super) fn write(address: u64, data: &[u8]) -> usize {
     let me = std::process::id().cast_signed();
     transfer(address, data.len(), |remote, done, len| {
-        let local = libc::iovec {
-            iov_base: data[done..].as_ptr().cast_mut().cast(),
-            iov_len: len,
-        };
+        let local = libc::iovec { iov_base: data[done..].as_ptr().cast_mut().cast(), iov_len: len };
         // SAFETY: `local` describes len bytes of `data`, which the kernel only reads; it checks the remote
         // addresses, and that a device may write there is what the SVA token stands for.
         unsafe { libc::process_vm_writev(me, &raw const local, 1, remote.as_ptr(), remote.len() as _, 0) }
@@ -59,20 +53,15 @@ fn transfer(address: u64, len: usize, mut call: impl FnMut(&[libc::iovec], usize
     let mut done = 0;
     while done < len {
         // One element a page: the kernel never stops in the middle of an element.
-        let mut pages = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; PAGES];
+        let mut pages = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PAGES];
         let (mut count, mut bytes) = (0, 0);
         while count < PAGES && done + bytes < len {
             let Some(at) = address.checked_add((done + bytes) as u64) else {
                 break;
             };
             let n = ((PAGE - at % PAGE) as usize).min(len - done - bytes);
-            pages[count] = libc::iovec {
-                iov_base: std::ptr::with_exposed_provenance_mut(at as usize),
-                iov_len: n,
-            };
+            pages[count] =
+                libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(at as usize), iov_len: n };
             count += 1;
             bytes += n;
         }
@@ -100,10 +89,7 @@ fn writable(address: u64) -> bool {
         };
         let within = u64::from_str_radix(first, 16).is_ok_and(|first| first <= address)
             && u64::from_str_radix(end, 16).is_ok_and(|end| address < end);
-        within
-            && words
-                .next()
-                .is_some_and(|rights| rights.as_bytes().get(1) == Some(&b'w'))
+        within && words.next().is_some_and(|rights| rights.as_bytes().get(1) == Some(&b'w'))
     })
 }
 

@@ -69,6 +69,13 @@ pub(super) struct Run {
     pub(super) access: u8,
 }
 
+impl Run {
+    #[inline]
+    pub(super) fn allows(&self, access: Access) -> bool {
+        self.access & access.bits() == access.bits()
+    }
+}
+
 /// The tables of one address space.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -95,10 +102,7 @@ impl Drop for Subtree {
                 // SAFETY: nobody reads a subtree that is dropped (module invariant); the node came from
                 // Box::into_raw and this is the one entry that names it.
                 let node = unsafe { Box::from_raw(node_ptr(entry)) };
-                drop(Self {
-                    node,
-                    level: self.level - 1,
-                });
+                drop(Self { node, level: self.level - 1 });
             }
         }
     }
@@ -106,23 +110,13 @@ impl Drop for Subtree {
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "Node({} used)",
-            self.0.iter().filter(|e| e.load(Ordering::Relaxed) != 0).count()
-        )
+        write!(f, "Node({} used)", self.0.iter().filter(|e| e.load(Ordering::Relaxed) != 0).count())
     }
 }
 
 impl Table {
     pub(super) fn new() -> Self {
-        Self {
-            root: Subtree {
-                node: Node::new(),
-                level: TOP_LEVEL,
-            },
-            writer: Mutex::default(),
-        }
+        Self { root: Subtree { node: Node::new(), level: TOP_LEVEL }, writer: Mutex::default() }
     }
 
     fn writer(&self) -> MutexGuard<'_, Vec<Subtree>> {
@@ -136,26 +130,13 @@ impl Table {
     pub(super) fn map(&self, iova: Iova, host: u64, len: u64, size: PageSize, access: Access) -> Result<()> {
         debug_assert!((iova.get() | host | len).is_multiple_of(size.bytes()));
         let mut retired = self.writer();
-        let range = Range {
-            start: iova.get(),
-            end: iova.get() + len,
-        };
-        let leaf = Leaf {
-            level: leaf_level(size),
-            first: host | LEAF | u64::from(access.bits()),
-        };
+        let range = Range { start: iova.get(), end: iova.get() + len };
+        let leaf = Leaf { level: leaf_level(size), first: host | LEAF | u64::from(access.bits()) };
         match fill(&self.root.node, TOP_LEVEL, range, range.start, leaf, &mut retired) {
             Ok(()) => Ok(()),
             Err(taken) => {
                 // What this call had written so far is [start, taken).
-                clear(
-                    &self.root.node,
-                    TOP_LEVEL,
-                    Range {
-                        start: range.start,
-                        end: taken,
-                    },
-                );
+                clear(&self.root.node, TOP_LEVEL, Range { start: range.start, end: taken });
                 Err(Error::new(
                     ErrorKind::Busy,
                     format!("map {len} bytes at {iova}"),
@@ -168,14 +149,7 @@ impl Table {
     /// Clears every entry in the range and returns how many bytes were mapped there.
     pub(super) fn unmap(&self, iova: Iova, len: u64) -> u64 {
         let _writer = self.writer();
-        clear(
-            &self.root.node,
-            TOP_LEVEL,
-            Range {
-                start: iova.get(),
-                end: iova.get() + len,
-            },
-        )
+        clear(&self.root.node, TOP_LEVEL, Range { start: iova.get(), end: iova.get() + len })
     }
 
     /// Nodes that were unlinked since the last call. To be dropped once every access of now is over.
@@ -256,10 +230,7 @@ fn fill(
                 }
                 // SAFETY: it came from Box::into_raw, and the store below takes the one entry that names it.
                 let node = unsafe { Box::from_raw(node_ptr(old)) };
-                retired.push(Subtree {
-                    node,
-                    level: level - 1,
-                });
+                retired.push(Subtree { node, level: level - 1 });
             }
             // Release: pairs with `walk`; what the CPU wrote to the page before mapping it is seen by the device.
             slot.store(leaf.first + (at - origin), Ordering::Release);
@@ -276,14 +247,7 @@ fn fill(
             };
             // SAFETY: it was made just now, or a NODE entry holds it; nobody else unlinks nodes.
             let below = unsafe { &*below };
-            fill(
-                below,
-                level - 1,
-                Range { start: at, end: next },
-                origin,
-                leaf,
-                retired,
-            )?;
+            fill(below, level - 1, Range { start: at, end: next }, origin, leaf, retired)?;
         }
         at = next;
     }
@@ -303,11 +267,7 @@ fn clear(node: &Node, level: u32, range: Range) -> u64 {
             cleared += span;
         } else if old & NODE != 0 {
             // SAFETY: a NODE entry holds a valid node, and nobody else unlinks nodes (the lock is held).
-            cleared += clear(
-                unsafe { &*node_ptr(old) },
-                level - 1,
-                Range { start: at, end: next },
-            );
+            cleared += clear(unsafe { &*node_ptr(old) }, level - 1, Range { start: at, end: next });
         }
         at = next;
     }
@@ -331,12 +291,7 @@ fn inside(level: u32, iova: u64, entry: u64) -> Run {
     let start = iova & !(GRANULE - 1);
     let offset = start & ((1 << shift(level)) - 1);
     let host = (entry & ADDRESS) + offset;
-    Run {
-        start,
-        end: start + GRANULE,
-        host,
-        access: (entry & 3) as u8,
-    }
+    Run { start, end: start + GRANULE, host, access: (entry & 3) as u8 }
 }
 
 /// The 4 KiB pages around `iova` in its granule that follow each other in this process's memory too.
@@ -363,12 +318,7 @@ fn contiguous(node: &Node, iova: u64, entry: u64) -> Run {
         start -= page;
         host -= page;
     }
-    Run {
-        start,
-        end,
-        host,
-        access: (entry & 3) as u8,
-    }
+    Run { start, end, host, access: (entry & 3) as u8 }
 }
 
 #[cfg(test)]
@@ -381,29 +331,14 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        Map {
-            page: u64,
-            pages: u64,
-            size: usize,
-            host: u64,
-            write: bool,
-        },
-        Unmap {
-            pick: usize,
-        },
+        Map { page: u64, pages: u64, size: usize, host: u64, write: bool },
+        Unmap { pick: usize },
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            (0..6_u64, 1..40_u64, 0..3_usize, 1..1000_u64, any::<bool>()).prop_map(
-                |(page, pages, size, host, write)| Step::Map {
-                    page,
-                    pages,
-                    size,
-                    host,
-                    write
-                }
-            ),
+            (0..6_u64, 1..40_u64, 0..3_usize, 1..1000_u64, any::<bool>())
+                .prop_map(|(page, pages, size, host, write)| Step::Map { page, pages, size, host, write }),
             any::<usize>().prop_map(|pick| Step::Unmap { pick }),
         ]
     }
@@ -459,30 +394,11 @@ mod tests {
     fn runs_join_neighbouring_pages_and_stop_at_gaps() {
         let table = Table::new();
         let page = 4096;
-        table
-            .map(
-                Iova::new(0x10_0000),
-                0x7000_0000,
-                3 * page,
-                PageSize::Size4K,
-                Access::READ,
-            )
-            .unwrap();
+        table.map(Iova::new(0x10_0000), 0x7000_0000, 3 * page, PageSize::Size4K, Access::READ).unwrap();
         // Neighbour in IOVA, not in memory.
-        table
-            .map(
-                Iova::new(0x10_3000),
-                0x9000_0000,
-                page,
-                PageSize::Size4K,
-                Access::READ,
-            )
-            .unwrap();
+        table.map(Iova::new(0x10_3000), 0x9000_0000, page, PageSize::Size4K, Access::READ).unwrap();
         let run = table.walk(0x10_1234).unwrap();
-        assert_eq!(
-            (run.start, run.end, run.host),
-            (0x10_0000, 0x10_3000, 0x7000_0000)
-        );
+        assert_eq!((run.start, run.end, run.host), (0x10_0000, 0x10_3000, 0x7000_0000));
         assert_eq!(table.walk(0x10_3fff).unwrap().start, 0x10_3000);
         assert!(table.walk(0x10_4000).is_none());
         assert!(table.walk(1 << ADDRESS_BITS).is_none());
@@ -492,23 +408,11 @@ mod tests {
     #[test]
     fn a_large_page_takes_an_empty_nodes_place() {
         let table = Table::new();
-        table
-            .map(Iova::new(0), 0x7000_0000, 4096, PageSize::Size4K, Access::READ)
-            .unwrap();
-        assert!(
-            table
-                .map(Iova::new(0), 1 << 30, 1 << 30, PageSize::Size1G, Access::READ)
-                .is_err()
-        );
-        assert_eq!(
-            table.walk(0).unwrap().host,
-            0x7000_0000,
-            "a refused map changes nothing"
-        );
+        table.map(Iova::new(0), 0x7000_0000, 4096, PageSize::Size4K, Access::READ).unwrap();
+        assert!(table.map(Iova::new(0), 1 << 30, 1 << 30, PageSize::Size1G, Access::READ).is_err());
+        assert_eq!(table.walk(0).unwrap().host, 0x7000_0000, "a refused map changes nothing");
         assert_eq!(table.unmap(Iova::new(0), 4096), 4096);
-        table
-            .map(Iova::new(0), 1 << 30, 1 << 30, PageSize::Size1G, Access::READ)
-            .unwrap();
+        table.map(Iova::new(0), 1 << 30, 1 << 30, PageSize::Size1G, Access::READ).unwrap();
         drop(table.take_retired());
         assert_eq!(table.walk(0x1234_5678).unwrap().host, (1 << 30) + 0x1234_0000);
     }

@@ -1,9 +1,5 @@
 //! Behaviour of the software IOMMU as a device sees it.
-#![allow(
-    clippy::unwrap_used,
-    clippy::unnecessary_wraps,
-    reason = "tests: a None or Err is the failure"
-)]
+#![allow(clippy::unwrap_used, clippy::unnecessary_wraps, reason = "tests: a None or Err is the failure")]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -27,12 +23,7 @@ fn setup(options: SoftOptions, pasid: Option<Pasid>) -> Setup {
     let device = iommu.device("soft:test");
     let ioas = iommu.alloc_ioas().unwrap();
     let attachment = ioas.attach(&device, pasid).unwrap();
-    Setup {
-        iommu,
-        device,
-        ioas,
-        attachment,
-    }
+    Setup { iommu, device, ioas, attachment }
 }
 
 fn pasid(number: u32) -> Option<Pasid> {
@@ -40,10 +31,7 @@ fn pasid(number: u32) -> Option<Pasid> {
 }
 
 fn region(pages: u64) -> Arc<Region> {
-    Region::builder(pages * PAGE)
-        .page_size(PageSize::Size4K)
-        .build()
-        .unwrap()
+    Region::builder(pages * PAGE).page_size(PageSize::Size4K).build().unwrap()
 }
 
 fn bytes(mapping: &Mapping) -> Vec<u8> {
@@ -69,15 +57,7 @@ fn each_pasid_and_the_rid_see_their_own_space_only() {
         (None, FaultReason::NotAttached),
     ] {
         let fault = bus.write(who, mapping.iova(), b"evil!").unwrap_err();
-        assert_eq!(
-            fault,
-            DmaFault {
-                iova: mapping.iova(),
-                access: Access::WRITE,
-                reason,
-                done: 0
-            }
-        );
+        assert_eq!(fault, DmaFault { iova: mapping.iova(), access: Access::WRITE, reason, done: 0 });
         let record = s.device.faults().pop().unwrap();
         assert_eq!(
             (record.pasid, record.iova, record.access, record.reason),
@@ -94,26 +74,15 @@ fn the_same_region_in_two_spaces_is_the_same_memory() {
     let other = s.iommu.alloc_ioas().unwrap();
     let _other = other.attach(&s.device, pasid(2)).unwrap();
     let region = region(2);
-    let (one, two) = (
-        s.ioas.map(&region, Access::READ_WRITE).unwrap(),
-        other.map(&region, Access::READ).unwrap(),
-    );
+    let (one, two) =
+        (s.ioas.map(&region, Access::READ_WRITE).unwrap(), other.map(&region, Access::READ).unwrap());
     assert_eq!(one.iova(), two.iova(), "both take the region's preferred address");
     let mut bus = s.device.bus();
-    bus.store_u64(pasid(1), one.iova().wrapping_add(PAGE), 0x1122_3344_5566_7788)
-        .unwrap();
+    bus.store_u64(pasid(1), one.iova().wrapping_add(PAGE), 0x1122_3344_5566_7788).unwrap();
+    assert_eq!(bus.load_u64(pasid(2), two.iova().wrapping_add(PAGE)).unwrap(), 0x1122_3344_5566_7788);
+    assert_eq!(bus.store_u64(pasid(2), two.iova(), 1).unwrap_err().reason, FaultReason::Permission);
     assert_eq!(
-        bus.load_u64(pasid(2), two.iova().wrapping_add(PAGE)).unwrap(),
-        0x1122_3344_5566_7788
-    );
-    assert_eq!(
-        bus.store_u64(pasid(2), two.iova(), 1).unwrap_err().reason,
-        FaultReason::Permission
-    );
-    assert_eq!(
-        bus.load_u64(pasid(1), one.iova().wrapping_add(4))
-            .unwrap_err()
-            .reason,
+        bus.load_u64(pasid(1), one.iova().wrapping_add(4)).unwrap_err().reason,
         FaultReason::Misaligned
     );
 }
@@ -125,43 +94,17 @@ fn an_access_runs_up_to_the_first_missing_page_and_says_how_far() {
     let mut bus = s.device.bus();
     let start = mapping.iova().wrapping_add(PAGE);
     let end = mapping.iova().wrapping_add(3 * PAGE);
-    let expected = |access| DmaFault {
-        iova: end,
-        access,
-        reason: FaultReason::NotMapped,
-        done: 2 * PAGE,
-    };
+    let expected = |access| DmaFault { iova: end, access, reason: FaultReason::NotMapped, done: 2 * PAGE };
 
-    assert_eq!(
-        bus.write(None, start, &[7; 9000]).unwrap_err(),
-        expected(Access::WRITE)
-    );
-    assert_eq!(
-        bus.read(None, start, &mut [0; 9000]).unwrap_err(),
-        expected(Access::READ)
-    );
-    assert_eq!(
-        bus.fill(None, start, 9000, 0).unwrap_err(),
-        expected(Access::WRITE)
-    );
-    assert_eq!(
-        bus.probe(None, start, 9000, Access::READ).unwrap_err(),
-        expected(Access::READ)
-    );
+    assert_eq!(bus.write(None, start, &[7; 9000]).unwrap_err(), expected(Access::WRITE));
+    assert_eq!(bus.read(None, start, &mut [0; 9000]).unwrap_err(), expected(Access::READ));
+    assert_eq!(bus.fill(None, start, 9000, 0).unwrap_err(), expected(Access::WRITE));
+    assert_eq!(bus.probe(None, start, 9000, Access::READ).unwrap_err(), expected(Access::READ));
     assert_eq!(bus.flush(None, start, 9000).unwrap_err(), expected(Access::READ));
-    assert_eq!(
-        bus.copy(None, start, mapping.iova(), 9000).unwrap_err(),
-        expected(Access::READ)
-    );
-    assert_eq!(
-        bus.copy(None, mapping.iova(), start, 9000).unwrap_err().iova,
-        Iova::new(end.get())
-    );
+    assert_eq!(bus.copy(None, start, mapping.iova(), 9000).unwrap_err(), expected(Access::READ));
+    assert_eq!(bus.copy(None, mapping.iova(), start, 9000).unwrap_err().iova, Iova::new(end.get()));
     for far in [1 << 48, u64::MAX - 2, u64::MAX] {
-        assert_eq!(
-            bus.read(None, Iova::new(far), &mut [0; 8]).unwrap_err().reason,
-            FaultReason::OutOfRange
-        );
+        assert_eq!(bus.read(None, Iova::new(far), &mut [0; 8]).unwrap_err().reason, FaultReason::OutOfRange);
     }
 }
 
@@ -173,10 +116,7 @@ fn unmapping_takes_cached_translations_away() {
     let mut bus = s.device.bus();
     bus.write(pasid(3), iova, b"in the IOTLB now").unwrap();
     mapping.unmap().unwrap();
-    assert_eq!(
-        bus.write(pasid(3), iova, b"x").unwrap_err().reason,
-        FaultReason::NotMapped
-    );
+    assert_eq!(bus.write(pasid(3), iova, b"x").unwrap_err().reason, FaultReason::NotMapped);
 }
 
 #[test]
@@ -186,93 +126,52 @@ fn detaching_takes_everything_away() {
     let mut bus = s.device.bus();
     bus.write(pasid(3), mapping.iova(), b"x").unwrap();
     drop(s.attachment);
-    assert_eq!(
-        bus.write(pasid(3), mapping.iova(), b"x").unwrap_err().reason,
-        FaultReason::NotAttached
-    );
+    assert_eq!(bus.write(pasid(3), mapping.iova(), b"x").unwrap_err().reason, FaultReason::NotAttached);
     let _again = s.ioas.attach(&s.device, pasid(3)).unwrap();
     bus.write(pasid(3), mapping.iova(), b"x").unwrap();
 }
 
 #[test]
 fn what_can_not_be_attached_is_refused_with_the_reason() {
-    let s = setup(
-        SoftOptions {
-            max_pasids: 4,
-            ..SoftOptions::default()
-        },
-        pasid(4),
-    );
-    assert_eq!(
-        s.ioas.attach(&s.device, pasid(5)).unwrap_err().kind(),
-        ErrorKind::Exhausted
-    );
+    let s = setup(SoftOptions { max_pasids: 4, ..SoftOptions::default() }, pasid(4));
+    assert_eq!(s.ioas.attach(&s.device, pasid(5)).unwrap_err().kind(), ErrorKind::Exhausted);
     let twice = s.ioas.attach(&s.device, pasid(4)).unwrap_err();
     assert_eq!(twice.kind(), ErrorKind::Busy);
     assert!(
-        twice
-            .to_string()
-            .starts_with("soft:test: cannot attach PASID 4: it is attached already;"),
+        twice.to_string().starts_with("soft:test: cannot attach PASID 4: it is attached already;"),
         "{twice}"
     );
     let stranger = SoftIommu::new(SoftOptions::default());
     assert_eq!(
-        s.ioas
-            .attach(&stranger.device("soft:other"), None)
-            .unwrap_err()
-            .kind(),
+        s.ioas.attach(&stranger.device("soft:other"), None).unwrap_err().kind(),
         ErrorKind::InvalidInput
     );
 }
 
 #[test]
 fn usable_addresses_leave_the_reserved_ones_out() {
-    let iommu = SoftIommu::new(SoftOptions {
-        address_width: 39,
-        ..SoftOptions::default()
-    });
+    let iommu = SoftIommu::new(SoftOptions { address_width: 39, ..SoftOptions::default() });
     let usable = iommu.alloc_ioas().unwrap().usable_iovas();
-    let numbers: Vec<_> = usable
-        .iter()
-        .map(|range| (range.first.get(), range.last.get()))
-        .collect();
+    let numbers: Vec<_> = usable.iter().map(|range| (range.first.get(), range.last.get())).collect();
     assert_eq!(numbers, [(0, 0xfedf_ffff), (0xfef0_0000, (1 << 39) - 1)]);
 }
 
 #[test]
 fn only_leased_memory_can_be_accessed_where_leases_are_checked() {
-    let s = setup(
-        SoftOptions {
-            check_leases: true,
-            ..SoftOptions::default()
-        },
-        None,
-    );
+    let s = setup(SoftOptions { check_leases: true, ..SoftOptions::default() }, None);
     let leases = s.ioas.leases().unwrap();
     let mapping = s.ioas.map(&region(4), Access::READ_WRITE).unwrap();
     let mut bus = s.device.bus();
     let iova = mapping.iova();
-    assert_eq!(
-        bus.write(None, iova, b"x").unwrap_err().reason,
-        FaultReason::NotLeased
-    );
+    assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
     leases.grant(iova, 100, Access::WRITE);
     bus.write(None, iova, &[1; 100]).unwrap();
     let over = bus.write(None, iova, &[1; 101]).unwrap_err();
     assert_eq!((over.done, over.reason), (100, FaultReason::NotLeased));
-    assert_eq!(
-        bus.read(None, iova, &mut [0]).unwrap_err().reason,
-        FaultReason::NotLeased
-    );
-    assert_eq!(
-        bus.store_u64(None, iova.wrapping_add(96), 0).unwrap_err().reason,
-        FaultReason::NotLeased
-    );
+    assert_eq!(bus.read(None, iova, &mut [0]).unwrap_err().reason, FaultReason::NotLeased);
+    assert_eq!(bus.store_u64(None, iova.wrapping_add(96), 0).unwrap_err().reason, FaultReason::NotLeased);
     leases.take_back(iova, 100, Access::WRITE);
-    assert_eq!(
-        bus.write(None, iova, b"x").unwrap_err().reason,
-        FaultReason::NotLeased
-    );
+    assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
 }
 
 /// A device writes without pause while the driver maps and unmaps; after each unmap the memory must stay as it is.
@@ -323,42 +222,25 @@ fn token() -> SvaToken {
 fn under_sva_addresses_are_pointers_and_missing_pages_are_faults() {
     let iommu = SoftIommu::new(SoftOptions::default());
     let device = iommu.device("soft:sva");
-    let attachment = iommu
-        .attach_sva(&device, Pasid::new(7).unwrap(), token())
-        .unwrap();
+    let attachment = iommu.attach_sva(&device, Pasid::new(7).unwrap(), token()).unwrap();
     assert!(attachment.ioas().is_none());
     let mut bus = device.bus();
     let address = |p: *const u8| Iova::new(p.expose_provenance() as u64);
 
     let (source, mut target) = (vec![0xab_u8; 100_000], vec![0_u8; 100_000]);
-    bus.copy(
-        pasid(7),
-        address(source.as_ptr()),
-        address(target.as_mut_ptr()),
-        100_000,
-    )
-    .unwrap();
+    bus.copy(pasid(7), address(source.as_ptr()), address(target.as_mut_ptr()), 100_000).unwrap();
     assert_eq!(source, target);
     let mut words = [0_u64; 2];
-    bus.store_u64(pasid(7), address(words.as_mut_ptr().cast()), u64::MAX - 7)
-        .unwrap();
+    bus.store_u64(pasid(7), address(words.as_mut_ptr().cast()), u64::MAX - 7).unwrap();
     assert_eq!(words[0], u64::MAX - 7);
-    assert_eq!(
-        bus.load_u64(pasid(7), address(words.as_ptr().cast())).unwrap(),
-        u64::MAX - 7
-    );
+    assert_eq!(bus.load_u64(pasid(7), address(words.as_ptr().cast())).unwrap(), u64::MAX - 7);
 
     for missing in [0_u64, 8, 4096, 0x7fff_ffff_f000, u64::MAX - 7] {
         let fault = bus.read(pasid(7), Iova::new(missing), &mut [0; 8]).unwrap_err();
-        assert_eq!(
-            (fault.iova.get(), fault.reason),
-            (missing, FaultReason::NotMapped)
-        );
+        assert_eq!((fault.iova.get(), fault.reason), (missing, FaultReason::NotMapped));
     }
     let read_only = b"in a section of constants";
-    let fault = bus
-        .write(pasid(7), address(read_only.as_ptr()), b"no")
-        .unwrap_err();
+    let fault = bus.write(pasid(7), address(read_only.as_ptr()), b"no").unwrap_err();
     assert_eq!(fault.reason, FaultReason::Permission);
 }
 
@@ -367,9 +249,7 @@ fn under_sva_addresses_are_pointers_and_missing_pages_are_faults() {
 fn under_sva_memory_that_vanishes_is_a_fault() {
     let iommu = SoftIommu::new(SoftOptions::default());
     let device = iommu.device("soft:sva");
-    let _attachment = iommu
-        .attach_sva(&device, Pasid::new(7).unwrap(), token())
-        .unwrap();
+    let _attachment = iommu.attach_sva(&device, Pasid::new(7).unwrap(), token()).unwrap();
     let len = 16 * PAGE as usize;
     let map = |at: *mut libc::c_void, flags| {
         // SAFETY: either the kernel chooses a free range, or the range is one that this test mapped and owns.
