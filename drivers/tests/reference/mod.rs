@@ -148,6 +148,11 @@ impl Expected {
         Self { result, contents }
     }
 
+    /// Whether the job must fail.
+    pub fn fails(&self) -> bool {
+        self.result.is_err()
+    }
+
     /// Holds `done` against it.
     pub fn verify(&self, done: &Done) {
         let kind = done.job.op.kind();
