@@ -180,7 +180,7 @@ pub(crate) fn send(
         }
         while let Some(done) = window.front_mut().and_then(Option::take) {
             window.pop_front();
-            let line = &mut lines[written as usize / batch % lines.len()];
+            let index = written as usize / batch % lines.len();
             let (outcome, src, dst) = taken_apart(done)
                 .with_context(|| format!("the device failed on the piece at byte {bytes} of the input"))?;
             if verify && (*src != *dst || crc32c::update(0, &dst) != outcome.crc) {
@@ -190,7 +190,7 @@ pub(crate) fn send(
             crc = crc32c::combine(crc, outcome.crc, dst.len() as u64);
             bytes += dst.len() as u64;
             written += 1;
-            line.free.push((src, dst));
+            lines[index].free.push((src, dst));
             progress(bytes);
         }
     }

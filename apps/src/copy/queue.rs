@@ -25,10 +25,6 @@ impl Queue {
         Self { channel, device: device.to_owned(), staged: Burst::with_capacity(batch), done, shares_core }
     }
 
-    pub(crate) fn channel(&self) -> &dyn Channel {
-        &*self.channel
-    }
-
     /// Lets the queue, and no other, use the memory.
     pub(crate) fn map(&mut self, region: &Arc<Region>) -> Result<()> {
         self.channel.map(region, Access::READ_WRITE).map_err(|e| e.device(self.device.clone()))

@@ -97,7 +97,7 @@ impl Report {
 /// Several runs as one table, with its line feed.
 pub(crate) fn table(reports: &[Report]) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.set_header([
         "op", "size", "batch", "depth", "jobs", "GiB/s", "memcpy", "ratio", "failed", "PASIDs", "verified",
     ]);

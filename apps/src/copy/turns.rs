@@ -108,9 +108,12 @@ impl<Order: Send + 'static> Hand<Order> {
         let (outbox, answers) = mpsc::channel();
         let config = WorkerConfig { name, core: Some(core), idle: Idle::Adaptive };
         let worker = Worker::spawn(config, move |_| match inbox.recv_timeout(Duration::from_millis(100)) {
-            Ok(order) if outbox.send(work(order)).is_ok() => Work::Busy,
+            Ok(order) => match outbox.send(work(order)) {
+                Ok(()) => Work::Busy,
+                Err(_) => Work::Finished,
+            },
             Err(RecvTimeoutError::Timeout) => Work::Idle,
-            _ => Work::Finished,
+            Err(RecvTimeoutError::Disconnected) => Work::Finished,
         })?;
         Ok(Self { orders, answers, worker })
     }
