@@ -18,16 +18,14 @@ fn status_of_this_thread(key: &str) -> String {
 fn a_worker_runs_on_its_core_under_its_name() {
     let core = *cores().last().expect("this process runs somewhere");
     let (send, receive) = mpsc::channel();
-    let worker = Worker::spawn(
-        WorkerConfig { core: Some(core), ..config("soft:dsa/engine12") },
-        move |context| {
+    let worker =
+        Worker::spawn(WorkerConfig { core: Some(core), ..config("soft:dsa/engine12") }, move |context| {
             let seen = (status_of_this_thread("Cpus_allowed_list"), status_of_this_thread("Name"));
             assert_eq!((context.name(), context.core()), ("soft:dsa/engine12", Some(core)));
             send.send(seen).unwrap();
             Work::Finished
-        },
-    )
-    .unwrap();
+        })
+        .unwrap();
     assert_eq!(receive.recv().unwrap(), (core.to_string(), "ft:dsa/engine12".to_owned()));
     assert_eq!((worker.name(), worker.core()), ("soft:dsa/engine12", Some(core)));
     worker.join().unwrap();
@@ -38,10 +36,14 @@ fn a_worker_runs_on_its_core_under_its_name() {
 fn a_core_that_does_not_exist_is_an_error_that_lists_those_that_do() {
     // 1024 and more make core_affinity abort the process if they ever get to it.
     for core in [1023, 1024, 5000, usize::MAX] {
-        let error = Worker::spawn(WorkerConfig { core: Some(core), ..config("w") }, |_| Work::Finished).unwrap_err();
+        let error =
+            Worker::spawn(WorkerConfig { core: Some(core), ..config("w") }, |_| Work::Finished).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         let text = error.to_string();
-        assert!(text.contains(&format!("core {core}")) && text.contains(&Ranges(cores()).to_string()), "{text}");
+        assert!(
+            text.contains(&format!("core {core}")) && text.contains(&Ranges(cores()).to_string()),
+            "{text}"
+        );
     }
 }
 
