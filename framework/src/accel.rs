@@ -83,6 +83,7 @@ impl DifBlock {
 /// How protection information is made or checked: 8 bytes a block, guard (CRC-16 T10-DIF of the data),
 /// application tag and reference tag, each big-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is one independent bit of the descriptor")]
 pub struct Dif {
     /// Size of the data blocks.
     pub block: DifBlock,

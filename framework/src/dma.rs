@@ -243,6 +243,13 @@ impl DmaSpace {
         Some(iova)
     }
 
+    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
+    /// compute an address.
+    #[inline]
+    pub fn checks_leases(&self) -> bool {
+        self.leases.is_some()
+    }
+
     /// The buffer came back from the device. Where leases are checked, returns once no DMA under it is in flight.
     #[inline]
     pub fn take_back(&self, buf: &DmaBuf, access: Access) {
@@ -279,7 +286,7 @@ impl fmt::Debug for DmaSpace {
 pub struct Records<T> {
     buf: DmaBuf,
     iova: Iova,
-    _records: PhantomData<T>,
+    _type: PhantomData<T>,
 }
 
 impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
@@ -296,7 +303,7 @@ impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
         }
         buf.fill(0);
         let iova = space.hand_out(&buf, access).ok_or_else(|| invalid("the buffer is not mapped"))?;
-        Ok(Self { buf, iova, _records: PhantomData })
+        Ok(Self { buf, iova, _type: PhantomData })
     }
 
     /// How many.
@@ -323,8 +330,9 @@ impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
     #[inline]
     pub fn write(&self, index: usize, value: &T) {
         let ptr = self.ptr(index);
-        // SAFETY: ptr is aligned for T and inside the buffer, which self owns; no reference to it exists.
-        unsafe { ptr.write(std::ptr::read(value)) };
+        // SAFETY: both are valid for one T, and `value` is no DMA memory, so they do not overlap; no reference to the
+        // record exists. T is plain bytes (IntoBytes), so a copy is as good as a move.
+        unsafe { std::ptr::copy_nonoverlapping(value, ptr, 1) };
     }
 
     /// Copies record `index` out. The device may be writing it: whatever comes out is to be checked, and read
@@ -369,5 +377,94 @@ impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
 impl<T> fmt::Debug for Records<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Records({:?} at {})", self.buf, self.iova)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use underpass_iommu::soft::{Bus, SoftIommu, SoftOptions};
+    use underpass_iommu::{Attachment, FaultReason, IommuBackend};
+
+    use super::*;
+
+    fn space(options: SoftOptions) -> (DmaSpace, Bus, Attachment) {
+        let iommu = SoftIommu::new(options);
+        let device = iommu.device("soft:test");
+        let ioas = iommu.alloc_ioas().unwrap();
+        let attachment = ioas.attach(&device, None).unwrap();
+        (DmaSpace::new(ioas), device.bus(), attachment)
+    }
+
+    #[test]
+    fn pieces_of_a_buffer_are_disjoint_and_join_again() {
+        let mut buf = DmaBuf::allocate(10_000).unwrap();
+        assert!(DmaBuf::new(Arc::clone(buf.region())).is_err(), "the region has an owner");
+        let mut tail = buf.split_off(6_000);
+        let head = buf.split_to(1_000);
+        assert_eq!((head.len(), buf.len(), tail.len()), (1_000, 5_000, 4_000));
+        assert_eq!((head.offset(), buf.offset(), tail.offset()), (0, 1_000, 6_000));
+        buf.fill(1);
+        tail.fill(2);
+        assert!(head.iter().all(|b| *b == 0));
+        let mut head = head;
+        let tail = head.join(tail).unwrap_err();
+        head.join(buf).unwrap();
+        head.join(tail).unwrap();
+        assert_eq!(head.len(), 10_000);
+        assert_eq!(head[5_999..6_001], [1, 2]);
+        assert_eq!(head.into_chunks(4_096).iter().map(DmaBuf::offset).collect::<Vec<_>>(), [0, 4_096]);
+    }
+
+    #[test]
+    fn only_buffers_of_mapped_regions_have_an_address() {
+        let (mut space, mut bus, _attachment) = space(SoftOptions::default());
+        let (mut mine, other) = (DmaBuf::allocate(8_192).unwrap(), DmaBuf::allocate(8_192).unwrap());
+        space.map(mine.region(), Access::READ_WRITE).unwrap();
+        assert_eq!(space.map(mine.region(), Access::READ).unwrap_err().kind(), ErrorKind::Busy);
+        assert!(space.iova(&other).is_none());
+        let part = mine.split_off(5_000);
+        bus.write(None, space.iova(&part).unwrap(), b"device").unwrap();
+        assert_eq!(&part[..6], b"device");
+        let (region, iova) = (Arc::clone(part.region()), space.iova(&part).unwrap());
+        space.unmap(&region).unwrap();
+        assert!(space.iova(&part).is_none());
+        assert_eq!(space.unmap(&region).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotMapped);
+    }
+
+    #[test]
+    fn a_buffer_can_be_reached_between_handing_out_and_taking_back_only() {
+        let (mut space, mut bus, _attachment) =
+            space(SoftOptions { check_leases: true, ..SoftOptions::default() });
+        let buf = DmaBuf::allocate(4_096).unwrap();
+        space.map(buf.region(), Access::READ_WRITE).unwrap();
+        let iova = space.iova(&buf).unwrap();
+        assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
+        assert_eq!(space.hand_out(&buf, Access::WRITE), Some(iova));
+        bus.write(None, iova, b"x").unwrap();
+        space.take_back(&buf, Access::WRITE);
+        assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
+    }
+
+    #[test]
+    fn records_are_seen_by_both_sides() {
+        let (mut space, mut bus, _attachment) = space(SoftOptions::default());
+        let mut buf = DmaBuf::allocate(4_096).unwrap();
+        assert!(
+            Records::<[u64; 4]>::new(buf.split_to(64), &space, Access::READ_WRITE).is_err(),
+            "not mapped"
+        );
+        space.map(buf.region(), Access::READ_WRITE).unwrap();
+        assert!(Records::<[u64; 4]>::new(buf.split_to(65).split_off(1), &space, Access::READ_WRITE).is_err());
+        let buf = buf.split_off(63);
+        let records = Records::<[u64; 4]>::new(buf, &space, Access::READ_WRITE).unwrap();
+        assert_eq!(records.len(), (4_096 - 192) / 32);
+        records.write(3, &[1, 2, 3, 4]);
+        assert_eq!(bus.load_u64(None, records.iova(3).wrapping_add(16)).unwrap(), 3);
+        bus.store_u64(None, records.iova(3).wrapping_add(8), 9).unwrap();
+        assert_eq!(records.word(3, 8).load(Ordering::Acquire), 9);
+        assert_eq!(records.read(3), [1, 9, 3, 4]);
     }
 }

@@ -400,8 +400,9 @@ impl RegionBuilder {
 /// no more than an eighth of it.
 fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
     PageSize::LARGEST_FIRST.into_iter().filter(move |size| {
-        let waste = len.next_multiple_of(size.bytes()).wrapping_sub(len);
-        *size != PageSize::Size4K && size.bytes() <= len && waste <= len / 8
+        let rounded = len.checked_next_multiple_of(size.bytes());
+        let wastes_little = rounded.is_some_and(|rounded| rounded - len <= len / 8);
+        *size != PageSize::Size4K && size.bytes() <= len && wastes_little
     })
 }
 

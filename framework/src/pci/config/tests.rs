@@ -159,11 +159,16 @@ fn a_walk_ends_where_a_pointer_leads_back_or_out() {
 
 #[test]
 fn an_extended_walk_ends_where_a_pointer_leads_back_or_out() {
-    let walk = |words: &[(u16, u32)]| extended_capabilities(sparse(words)).map(|(_, at)| at).collect::<Vec<_>>();
+    let walk =
+        |words: &[(u16, u32)]| extended_capabilities(sparse(words)).map(|(_, at)| at).collect::<Vec<_>>();
     assert_eq!(walk(&[(0x100, 0x1001_000f)]), [0x100], "to itself");
     assert_eq!(walk(&[(0x100, 0x2001_000f), (0x200, 0x1001_0013)]), [0x100, 0x200]);
     assert_eq!(walk(&[(0x100, 0x0401_000f)]), [0x100], "into the first 256 bytes");
-    assert_eq!(walk(&[(0x100, 0x2031_000f), (0x200, 0x0001_0013)]), [0x100, 0x200], "reserved bits are masked");
+    assert_eq!(
+        walk(&[(0x100, 0x2031_000f), (0x200, 0x0001_0013)]),
+        [0x100, 0x200],
+        "reserved bits are masked"
+    );
     assert_eq!(walk(&[(0x100, 0xfff1_000f), (0xffc, 0x0001_001b)]), [0x100, 0xffc]);
     assert_eq!(walk(&[(0x100, u32::MAX)]), []);
 }
