@@ -75,22 +75,22 @@ impl Report {
 
     /// What does not fit into the table: lines for people, each with its line feed.
     pub(crate) fn notes(&self) -> String {
-        let mut notes = String::new();
+        let mut notes = Vec::new();
         if let Some(crc) = &self.crc32c {
-            notes += &format!("CRC32C: {crc} ({} bytes)\n", self.bytes);
+            notes.push(format!("CRC32C: {crc} ({} bytes)\n", self.bytes));
         }
         if self.ratio_to_memcpy.is_none()
             && let Some(spread) = self.memcpy_to_memcpy
         {
-            notes += &format!(
+            notes.push(format!(
                 "Too noisy for a ratio: memcpy against itself gave {spread:.2} over {} turns; let it run longer.\n",
                 self.turns
-            );
+            ));
         }
         if let Some(isolation) = &self.isolation {
-            notes += &format!("{isolation}\n");
+            notes.push(format!("{isolation}\n"));
         }
-        notes
+        notes.concat()
     }
 }
 
