@@ -57,9 +57,17 @@ const SOFT_DSA: Scheme = Scheme {
     options: &[
         SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 128 (8)" },
         SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 64 (1)" },
-        SchemeOption { name: "mode", values: "dedicated|shared", what: "how work queues are used (dedicated)" },
+        SchemeOption {
+            name: "mode",
+            values: "dedicated|shared",
+            what: "how work queues are used (dedicated)",
+        },
         SchemeOption { name: "pasids", values: "N", what: "PASIDs that the IOMMU has; 0 is none (1048575)" },
-        SchemeOption { name: "check", values: "leases", what: "refuse DMA to memory that was not handed out" },
+        SchemeOption {
+            name: "check",
+            values: "leases",
+            what: "refuse DMA to memory that was not handed out",
+        },
         SchemeOption { name: "core", values: "N", what: "the core that the engines run on (any)" },
     ],
     open: open_soft_dsa,
@@ -266,10 +274,7 @@ mod tests {
 
         let error = refused("soft:dsa,wq=1");
         assert!(error.to_string().contains("no option \"wq\""), "{error}");
-        assert_eq!(
-            error.mend_text(),
-            Some("options of soft:dsa: wqs, engines, mode, pasids, check, core")
-        );
+        assert_eq!(error.mend_text(), Some("options of soft:dsa: wqs, engines, mode, pasids, check, core"));
         assert_eq!(refused("cpu,core=1").mend_text(), Some("options of cpu: none"));
     }
 

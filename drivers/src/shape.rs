@@ -68,32 +68,19 @@ pub(crate) fn check_shape(op: &Op, limits: &Limits) -> Result<(), Reason> {
             let inside = |start: usize| start.checked_add(*len).is_some_and(|end| end <= buf.len());
             require(inside(*from) && inside(*to), Reason::Size)
         }
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => {
+        Op::CreateDelta { original, modified, delta } => {
             let sizes = modified.buf().len() == size && delta_size(size) && delta.len() >= MIN_DELTA_RECORD;
             require(sizes, Reason::Size)?;
-            let aligned = [original.buf(), modified.buf(), delta]
-                .into_iter()
-                .all(delta_aligned);
+            let aligned = [original.buf(), modified.buf(), delta].into_iter().all(delta_aligned);
             require(aligned, Reason::Alignment)
         }
-        Op::ApplyDelta {
-            delta,
-            delta_len,
-            dst,
-        } => {
+        Op::ApplyDelta { delta, delta_len, dst } => {
             let record = *delta_len != 0
                 && delta_len.is_multiple_of(DELTA_ENTRY)
                 && *delta_len <= delta.buf().len()
                 && *delta_len as u64 <= limits.max_bytes;
             require(record && delta_size(size), Reason::Size)?;
-            require(
-                delta_aligned(delta.buf()) && delta_aligned(dst),
-                Reason::Alignment,
-            )
+            require(delta_aligned(delta.buf()) && delta_aligned(dst), Reason::Alignment)
         }
         Op::Dualcast { dst1, dst2, .. } => {
             require(dst1.len() == size && dst2.len() == size, Reason::Size)?;
@@ -152,15 +139,9 @@ pub(crate) fn operands(op: &Op) -> impl Iterator<Item = (&DmaBuf, Access)> {
         | Op::DifStrip { src, dst, .. }
         | Op::DifUpdate { src, dst, .. }
         | Op::ApplyDelta { delta: src, dst, .. } => [Some((src.buf(), R)), Some((dst, W)), None],
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => [
-            Some((original.buf(), R)),
-            Some((modified.buf(), R)),
-            Some((delta, W)),
-        ],
+        Op::CreateDelta { original, modified, delta } => {
+            [Some((original.buf(), R)), Some((modified.buf(), R)), Some((delta, W))]
+        }
         Op::Dualcast { src, dst1, dst2 } => [Some((src.buf(), R)), Some((dst1, W)), Some((dst2, W))],
     };
     operands.into_iter().flatten()

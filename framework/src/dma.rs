@@ -243,6 +243,13 @@ impl DmaSpace {
         Some(iova)
     }
 
+    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
+    /// compute an address.
+    #[inline]
+    pub fn checks_leases(&self) -> bool {
+        self.leases.is_some()
+    }
+
     /// The buffer came back from the device. Where leases are checked, returns once no DMA under it is in flight.
     #[inline]
     pub fn take_back(&self, buf: &DmaBuf, access: Access) {

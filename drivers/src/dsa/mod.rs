@@ -5,4 +5,4 @@ mod driver;
 pub mod model;
 pub mod spec;
 
-pub use driver::Dsa;
+pub use driver::{Dsa, WqMode};

@@ -2,6 +2,7 @@
 //! distrustful: every value that places or sizes something is checked before it is used.
 
 use std::hint;
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,10 +11,10 @@ use underpass::pci::PciDevice;
 use underpass::{Error, ErrorKind, Pasid, Result};
 
 use crate::dsa::spec::{
-    CmdSts, Command, CommandError, Cmd, DEVICE_IDS, DeviceState, EngCap, GRPCFG_ENGINES, GRPCFG_FLAGS,
+    Cmd, CmdSts, Command, CommandError, DEVICE_IDS, DeviceState, EngCap, GRPCFG_ENGINES, GRPCFG_FLAGS,
     GRPCFG_STRIDE, GRPCFG_WQS, GenCap, GenCfg, GenSts, GrpCap, GrpFlags, MSIXPERM_STRIDE, MsixPerm, Offsets,
-    PORTAL_BAR, PORTAL_STRIDE, REGISTER_BAR, Status, SubmissionError, SwErr, SwErrBatch, TABLE_UNIT, VENDOR_ID,
-    WqCap, WqLimits, WqMode, WqSize, WqState, WqStatus, WqThreshold, reg, wq_operand, wqcfg,
+    PORTAL_BAR, PORTAL_STRIDE, REGISTER_BAR, Status, SubmissionError, SwErr, SwErrBatch, TABLE_UNIT,
+    VENDOR_ID, WqCap, WqLimits, WqMode, WqSize, WqState, WqStatus, WqThreshold, reg, wq_operand, wqcfg,
 };
 
 /// A command that takes longer than this has failed. Real parts take milliseconds, a drain as long as its jobs.
@@ -105,7 +106,8 @@ fn nonsense(register: &str, value: u64, why: impl std::fmt::Display) -> Error {
 fn table(bar: &Bar, name: &str, unit: u16, len: u64) -> Result<Bar> {
     let offset = u64::from(unit) * TABLE_UNIT;
     if offset < FIXED_REGISTERS || offset + len > bar.len() {
-        let why = format!("{name} of {len:#x} bytes at {offset:#x} is not inside BAR 0 of {:#x} bytes", bar.len());
+        let why =
+            format!("{name} of {len:#x} bytes at {offset:#x} is not inside BAR 0 of {:#x} bytes", bar.len());
         return Err(nonsense("OFFSETS", u64::from(unit), why));
     }
     bar.window(offset, len)
@@ -198,26 +200,28 @@ impl Registers {
         Ok(())
     }
 
-    /// Configures a device that was just reset, queue n from `wqs[n]`, and starts it with all these queues.
-    pub(super) fn start(&mut self, wqs: &[WqConfig]) -> Result<()> {
-        self.write_group(wqs.len());
-        for (index, wq) in wqs.iter().enumerate() {
+    /// Configures a device that was just reset, queue n from `wqs[n]` (`None` leaves it off), and starts it.
+    pub(super) fn start(&mut self, wqs: &[Option<WqConfig>]) -> Result<()> {
+        let used = || wqs.iter().enumerate().filter_map(|(index, wq)| Some((index, wq.as_ref()?)));
+        let mut mask = [0; 4];
+        for (index, wq) in used() {
+            mask[index / 64] |= 1 << (index % 64);
             self.write_wq(index, wq);
         }
-        let user_interrupts = wqs.iter().any(|wq| wq.vector.is_some());
+        self.write_groups(mask);
+        let user_interrupts = used().any(|(_, wq)| wq.vector.is_some());
         self.bar.write32(reg::GENCFG, GenCfg::new().with_user_interrupts(user_interrupts).into_bits());
         self.command(Command::EnableDevice, 0)?;
-        (0..wqs.len()).try_for_each(|index| self.enable_wq(index))
+        used().try_for_each(|(index, _)| self.enable_wq(index))
     }
 
-    /// Puts the first `wqs` queues and all engines into group 0, and nothing into the others.
-    fn write_group(&self, wqs: usize) {
+    /// Puts these queues and all engines into group 0, and nothing into the others.
+    fn write_groups(&self, wqs: [u64; 4]) {
         for offset in (0..self.grpcfg.len()).step_by(8) {
             self.grpcfg.write64(offset, 0);
         }
-        for word in 0..4 {
-            let count = wqs.saturating_sub(word * 64).min(64);
-            self.grpcfg.write64(GRPCFG_WQS + word as u64 * 8, low_bits(count));
+        for (word, mask) in (0..).zip(wqs) {
+            self.grpcfg.write64(GRPCFG_WQS + word * 8, mask);
         }
         self.grpcfg.write64(GRPCFG_ENGINES, low_bits(self.capabilities.engines));
         let mut flags = GrpFlags::new().with_tc_a(TRAFFIC_CLASS).with_tc_b(TRAFFIC_CLASS);
@@ -264,7 +268,11 @@ impl Registers {
         let status = self.wq_status(index);
         if status.state() != WqState::Enabled {
             let why = "the work queue is not enabled, though the command to enable it succeeded";
-            return Err(nonsense(&format!("WQCFG {index}, its status word,"), status.into_bits().into(), why));
+            return Err(nonsense(
+                &format!("WQCFG {index}, its status word,"),
+                status.into_bits().into(),
+                why,
+            ));
         }
         Ok(())
     }
@@ -285,9 +293,18 @@ impl Registers {
     /// Makes the queue drop what it has not begun and waits for the rest. When this returns without an error,
     /// the queue does no more DMA for anything submitted before.
     pub(super) fn quiesce_wq(&mut self, index: usize) -> Result<()> {
-        match self.command(Command::AbortWq, wq_operand(index as u32)) {
+        self.off_is_fine(Command::AbortWq, index)
+    }
+
+    /// Switches a quiet queue off.
+    pub(super) fn disable_wq(&mut self, index: usize) -> Result<()> {
+        self.off_is_fine(Command::DisableWq, index)
+    }
+
+    /// A command that is done already where the queue is off.
+    fn off_is_fine(&mut self, command: Command, index: usize) -> Result<()> {
+        match self.command(command, wq_operand(index as u32)) {
             Ok(_) => Ok(()),
-            // What is off is quiet.
             Err(failure)
                 if failure.is(&[
                     CommandError::WQ_NOT_ENABLED,
@@ -314,7 +331,7 @@ impl Registers {
         GenSts::from_bits(self.bar.read32(reg::GENSTS)).state()
     }
 
-    /// The next error that the device reports by itself. What it says of which queue is in the second part.
+    /// The next error that the device reports by itself.
     pub(super) fn next_error(&mut self) -> Option<DeviceError> {
         self.software_error().or_else(|| self.halt())
     }
@@ -338,7 +355,7 @@ impl Registers {
             words[0],
             words[1],
             words[2],
-            SubmissionError(error.error()).text().unwrap_or_else(|| Status::text(error.error())),
+            SubmissionError(error.error()).text().unwrap_or_else(|| Status(error.error()).text()),
         );
         let wq = error.wq_valid().then_some(usize::from(error.wq()));
         if let Some(wq) = wq {
@@ -356,7 +373,7 @@ impl Registers {
         Some(DeviceError {
             error: Error::new(ErrorKind::Device, "go on after a software error", why)
                 .mend("reset the channel; its jobs come back"),
-            wq,
+            stalls: wq.map_or(0..0, |wq| wq..wq + 1),
         })
     }
 
@@ -372,8 +389,9 @@ impl Registers {
             needs[usize::from(status.reset_type() & 3)],
         );
         Some(DeviceError {
-            error: Error::new(ErrorKind::Device, "go on", why).mend("reset its channels; their jobs come back"),
-            wq: None,
+            error: Error::new(ErrorKind::Device, "go on", why)
+                .mend("reset its channels; their jobs come back"),
+            stalls: 0..usize::MAX,
         })
     }
 }
@@ -381,8 +399,8 @@ impl Registers {
 /// An error of the device's own.
 pub(super) struct DeviceError {
     pub error: Error,
-    /// The queue that it concerns; `None` concerns all.
-    pub wq: Option<usize>,
+    /// The queues that it keeps from working.
+    pub stalls: Range<usize>,
 }
 
 impl Capabilities {

@@ -1,0 +1,588 @@
+//! The data path: one work queue as a [`Channel`]. Submitting and polling take no lock, allocate nothing and do no
+//! system call.
+//!
+//! A queue of depth d has d entries. An entry is one write to the portal, of a single job or of a batch; it has a
+//! completion record of its own and, for batches, a list of descriptors with a record each.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use underpass::accel::{
+    Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Outcome, Reason, Rejected, State,
+};
+use underpass::bar::Bar;
+use underpass::dma::{DmaBuf, DmaSpace, Records};
+use underpass::interrupt::Interrupt;
+use underpass::iommu::OwnedPasid;
+use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
+use zerocopy::transmute_ref;
+
+use super::job::{encode, for_each_buffer, judge, without_status};
+use super::{Core, Space, number};
+use crate::dsa::spec::{
+    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
+};
+use crate::shape::{check_shape, transfer_size};
+
+/// How many polls in a row may find the oldest submission unfinished before one looks at the clock.
+const POLLS_PER_CLOCK: u32 = 64;
+
+/// What every descriptor of this driver asks for: a completion record, also on success.
+const RECORD: u32 = flag::COMPLETION_ADDRESS_VALID | flag::REQUEST_COMPLETION;
+
+/// Which queue of which device it is, and what that can do.
+pub(super) struct Place {
+    pub core: Arc<Core>,
+    pub index: usize,
+    /// The states of all queues.
+    pub states: Arc<[AtomicU8]>,
+    pub portal: Bar,
+    pub dedicated: bool,
+    pub interrupt: Option<Interrupt>,
+    pub interrupt_handle: u16,
+    pub engines: usize,
+    pub cache_control: bool,
+    pub deadline: Duration,
+}
+
+/// What is in one entry.
+#[derive(Debug, Clone, Copy, Default)]
+struct Entry {
+    /// Jobs in the batch; 0 is a single job.
+    members: u32,
+    /// Members that are back with the application.
+    delivered: u32,
+    /// The batch's handshake word, once it had a status: read once, because it is used over several polls.
+    answer: Handshake,
+}
+
+/// A work queue.
+pub(super) struct WorkQueue {
+    // The first field: all that is mapped is unmapped before any of it can be freed.
+    space: Space,
+    limits: Limits,
+    /// Where in the portal the next descriptor goes: consecutive writes to one address could be delayed.
+    portal_offset: u64,
+    entry_flags: u32,
+    write_flags: u32,
+    context: Context,
+    /// Leases are checked, so that buffers must be registered.
+    leased: bool,
+
+    /// `max_batch` an entry.
+    jobs: Vec<Option<Job>>,
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+    /// Entries with the device, in the order of submission.
+    order: VecDeque<u32>,
+    outstanding: usize,
+    /// `max_batch` an entry (none if that is 1).
+    lists: Records<Descriptor>,
+    /// First one an entry, then `max_batch` an entry (none if that is 1).
+    records: Records<CompletionRecord>,
+    /// The memory of `lists` and `records`.
+    memory: Arc<Region>,
+
+    /// Polls since the oldest submission changed.
+    patience: u32,
+    /// When the clock was first looked at for the oldest submission.
+    waiting_since: Option<Instant>,
+    /// A reset has made the queue quiet, and has not yet started it again.
+    resetting: bool,
+    counters: Arc<Counters>,
+    place: Place,
+}
+
+impl WorkQueue {
+    /// A queue that is not enabled yet.
+    pub(super) fn new(place: Place, mut space: Space, limits: Limits) -> Result<Self> {
+        let depth = limits.depth;
+        let members = if limits.max_batch > 1 { depth * limits.max_batch } else { 0 };
+        let lists_len = members * size_of::<Descriptor>();
+        let records_len = (depth + members) * size_of::<CompletionRecord>();
+        let mut builder = Region::builder((lists_len + records_len) as u64).name("dsa-queue");
+        if let Some(node) = place.core.device.numa_node() {
+            builder = builder.numa_node(node);
+        }
+        let memory = builder.build()?;
+        space.dma.map(&memory, Access::READ_WRITE)?;
+        let mut lists = DmaBuf::new(Arc::clone(&memory))?;
+        let records = lists.split_off(lists_len).split_to(records_len);
+
+        let interrupt = if place.interrupt.is_some() { flag::REQUEST_INTERRUPT } else { 0 };
+        let pasid = if place.dedicated { None } else { space.pasid.as_ref().map(OwnedPasid::get) };
+        Ok(Self {
+            limits,
+            portal_offset: 0,
+            entry_flags: RECORD | interrupt,
+            write_flags: if place.cache_control { flag::CACHE_CONTROL } else { 0 },
+            context: Context::new().with_pasid(pasid.map_or(0, Pasid::get)),
+            leased: space.dma.checks_leases(),
+            jobs: std::iter::repeat_with(|| None).take(depth * limits.max_batch).collect(),
+            entries: vec![Entry::default(); depth],
+            free: (0..depth as u32).rev().collect(),
+            order: VecDeque::with_capacity(depth),
+            outstanding: 0,
+            lists: Records::new(lists, &space.dma, Access::READ)?,
+            records: Records::new(records, &space.dma, Access::WRITE)?,
+            memory,
+            patience: 0,
+            waiting_since: None,
+            resetting: false,
+            counters: Arc::default(),
+            space,
+            place,
+        })
+    }
+
+    fn error(&self, kind: ErrorKind, operation: &'static str, why: &'static str) -> Error {
+        Error::new(kind, operation, why).device(self.place.core.device.name().to_owned())
+    }
+
+    #[inline]
+    fn is_running(&self) -> bool {
+        // Relaxed: the state guards no memory.
+        self.place.states[self.place.index].load(Ordering::Relaxed) == number(State::Running)
+    }
+
+    fn set_state(&self, state: State) {
+        self.place.states[self.place.index].store(number(state), Ordering::Relaxed);
+    }
+
+    /// The entry that the next submission goes to.
+    #[inline]
+    fn vacant(&self) -> Result<u32, Reason> {
+        if !self.is_running() {
+            return Err(Reason::NotRunning);
+        }
+        self.free.last().copied().ok_or(Reason::Full)
+    }
+
+    /// The job's descriptor, if the queue can take the job.
+    #[inline]
+    fn admit(&self, op: &Op) -> Result<Descriptor, Reason> {
+        check_shape(op, &self.limits)?;
+        let descriptor = encode(op, &self.space.dma, self.write_flags);
+        if matches!(descriptor, Err(Reason::NotMapped)) {
+            self.counters.add(CounterValues { refused: 1, ..CounterValues::default() });
+        }
+        descriptor
+    }
+
+    /// Where in `jobs`, `lists` and the batches' part of `records` member 0 of an entry is.
+    #[inline]
+    fn first_member(&self, entry: u32) -> usize {
+        entry as usize * self.limits.max_batch
+    }
+
+    #[inline]
+    fn member_record(&self, entry: u32, member: u32) -> usize {
+        self.limits.depth + self.first_member(entry) + member as usize
+    }
+
+    /// Makes the record ready to be written by the device, and the descriptor point to it.
+    #[inline]
+    fn ask_for_record(&self, descriptor: &mut Descriptor, flags: u32, record: usize) {
+        // Relaxed: the write to the portal orders it (Bar::post64 fences), and the device's store of the same word
+        // comes after that.
+        self.records.word(record, HANDSHAKE).store(0, Ordering::Relaxed);
+        descriptor.completion = self.records.iova(record).get();
+        descriptor.operation |= flags;
+        descriptor.context = self.context;
+    }
+
+    /// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in
+    /// the record, and what the job wrote to memory, is visible once this has a status.
+    #[inline]
+    fn handshake(&self, record: usize) -> Handshake {
+        Handshake::from_bits(self.records.word(record, HANDSHAKE).load(Ordering::Acquire))
+    }
+
+    /// Writes a descriptor to the portal. False: a shared queue says "retry".
+    #[inline]
+    fn post(&mut self, descriptor: &Descriptor) -> bool {
+        let words: &[u8; 64] = transmute_ref!(descriptor);
+        let offset = self.portal_offset;
+        self.portal_offset = (offset + 64) % PORTAL_PAGE;
+        if self.place.dedicated {
+            self.place.portal.post64(offset, words);
+            return true;
+        }
+        // An error means that there is no such instruction here, which setting up the channel found out.
+        let accepted = self.place.portal.enqueue64(offset, words).unwrap_or(false);
+        if !accepted {
+            self.counters.add(CounterValues { retries: 1, ..CounterValues::default() });
+        }
+        accepted
+    }
+
+    #[inline]
+    fn lend(&self, op: &Op) {
+        if self.leased {
+            for_each_buffer(op, |buf, access| {
+                let lent = self.space.dma.hand_out(buf, access);
+                debug_assert!(lent.is_some(), "encode found it mapped");
+            });
+        }
+    }
+
+    #[inline]
+    fn take_back(&self, op: &Op) {
+        if self.leased {
+            for_each_buffer(op, |buf, access| self.space.dma.take_back(buf, access));
+        }
+    }
+
+    /// An entry is with the device.
+    #[inline]
+    fn submitted(&mut self, entry: u32, members: u32) {
+        self.free.pop();
+        self.order.push_back(entry);
+        self.entries[entry as usize] = Entry { members, ..Entry::default() };
+    }
+
+    /// Moves one job out, which has this result.
+    #[inline]
+    fn finish(
+        &mut self,
+        slot: usize,
+        result: impl FnOnce(&Self, &Op) -> Result<Outcome, JobError>,
+        done: &mut Burst<Done>,
+        sum: &mut CounterValues,
+    ) {
+        let Some(job) = self.jobs[slot].take() else { return };
+        let result = result(self, &job.op);
+        self.take_back(&job.op);
+        self.outstanding -= 1;
+        sum.jobs += 1;
+        match result {
+            Ok(_) => sum.bytes += transfer_size(&job.op) as u64,
+            Err(_) => sum.failed += 1,
+        }
+        // There is room: every caller looks first.
+        let _ = done.push(Done { job, result });
+    }
+
+    /// Moves the jobs of an entry to `done`, for as long as they fit; says whether all did. `answer` without a
+    /// status is that of a queue that was stopped.
+    #[inline]
+    fn deliver(
+        &mut self,
+        entry: u32,
+        answer: Handshake,
+        done: &mut Burst<Done>,
+        sum: &mut CounterValues,
+    ) -> bool {
+        let first = self.first_member(entry);
+        let Entry { members, delivered, .. } = self.entries[entry as usize];
+        if members == 0 {
+            if done.is_full() {
+                return false;
+            }
+            let result = |this: &Self, op: &Op| {
+                if answer.status() == 0 {
+                    return Err(JobError::Reset);
+                }
+                judge(op, answer, &this.records, entry as usize)
+            };
+            self.finish(first, result, done, sum);
+            return true;
+        }
+        let now = members.min(delivered + done.room() as u32);
+        for member in delivered..now {
+            let record = self.member_record(entry, member);
+            let result = |this: &Self, op: &Op| match this.handshake(record) {
+                own if own.status() == 0 => Err(without_status(answer, member)),
+                own => judge(op, own, &this.records, record),
+            };
+            self.finish(first + member as usize, result, done, sum);
+        }
+        self.entries[entry as usize].delivered = now;
+        now == members
+    }
+
+    /// The answer to a whole entry; without a status where there is none yet.
+    #[inline]
+    fn answer(&mut self, entry: u32) -> Handshake {
+        let known = self.entries[entry as usize].answer;
+        if known.status() != 0 {
+            return known;
+        }
+        let answer = self.handshake(entry as usize);
+        if answer.status() != 0 {
+            self.entries[entry as usize].answer = answer;
+        }
+        answer
+    }
+
+    /// Gives back the entry at this place in the order.
+    #[inline]
+    fn release(&mut self, place: usize) {
+        if place == 0 {
+            self.patience = 0;
+            self.waiting_since = None;
+        }
+        if let Some(entry) = self.order.remove(place) {
+            self.free.push(entry);
+        }
+    }
+
+    /// Whether a poll would find something.
+    fn is_ready(&mut self) -> bool {
+        let looked_at = self.order.len().min(self.place.engines);
+        (0..looked_at).any(|place| {
+            let entry = self.order[place];
+            self.answer(entry).status() != 0
+        })
+    }
+
+    /// Stalls the queue if its oldest submission has waited for longer than the deadline.
+    #[cold]
+    fn look_at_clock(&mut self) {
+        let now = Instant::now();
+        let since = *self.waiting_since.get_or_insert(now);
+        if now.duration_since(since) >= self.place.deadline && self.is_running() {
+            self.set_state(State::Stalled);
+        }
+    }
+
+    /// The device did not stop: nothing that it may still write is ever freed, or mapped elsewhere.
+    #[cold]
+    fn leak(&mut self) {
+        self.set_state(State::Gone);
+        self.memory.leak();
+        for job in self.jobs.iter_mut().filter_map(Option::take) {
+            for_each_buffer(&job.op, |buf, _| buf.region().leak());
+        }
+        self.order.clear();
+        self.outstanding = 0;
+        std::mem::replace(&mut self.space.dma, DmaSpace::shared_virtual()).leak();
+        #[allow(clippy::mem_forget, reason = "the device stays attached: its last write has no time")]
+        std::mem::forget((std::mem::take(&mut self.space.attachments), self.space.pasid.take()));
+    }
+
+    fn is_gone(&self) -> bool {
+        self.state() == State::Gone
+    }
+}
+
+impl Channel for WorkQueue {
+    fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
+        if self.is_gone() {
+            return Err(self.error(ErrorKind::Gone, "map a region", "the queue's device does not answer"));
+        }
+        self.space.dma.map(region, access).map_err(|e| e.device(self.place.core.device.name().to_owned()))
+    }
+
+    fn unmap(&mut self, region: &Arc<Region>) -> Result<()> {
+        if self.is_gone() {
+            return Err(self.error(ErrorKind::Gone, "unmap a region", "the queue's device does not answer"));
+        }
+        if self.outstanding != 0 {
+            let error = self.error(ErrorKind::Busy, "unmap a region", "jobs are outstanding");
+            return Err(error.mend("poll until they are back"));
+        }
+        self.space.dma.unmap(region).map_err(|e| e.device(self.place.core.device.name().to_owned()))
+    }
+
+    fn pasid(&self) -> Option<Pasid> {
+        self.space.pasid.as_ref().map(OwnedPasid::get)
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn state(&self) -> State {
+        match self.place.states[self.place.index].load(Ordering::Relaxed) {
+            state if state == number(State::Running) => State::Running,
+            state if state == number(State::Stalled) => State::Stalled,
+            _ => State::Gone,
+        }
+    }
+
+    #[inline]
+    fn submit(&mut self, job: Job) -> Result<(), Rejected> {
+        let admitted = self.vacant().and_then(|entry| Ok((entry, self.admit(&job.op)?)));
+        let (entry, mut descriptor) = match admitted {
+            Ok(admitted) => admitted,
+            Err(why) => return Err(Rejected { job, why }),
+        };
+        self.ask_for_record(&mut descriptor, self.entry_flags, entry as usize);
+        descriptor.interrupt_handle = self.place.interrupt_handle;
+        self.lend(&job.op);
+        if !self.post(&descriptor) {
+            self.take_back(&job.op);
+            return Err(Rejected { job, why: Reason::Full });
+        }
+        self.submitted(entry, 0);
+        self.outstanding += 1;
+        let slot = self.first_member(entry);
+        self.jobs[slot] = Some(job);
+        Ok(())
+    }
+
+    fn submit_batch(&mut self, jobs: &mut Burst<Job>) -> Result<usize, (usize, Reason)> {
+        let count = jobs.len().min(self.limits.max_batch);
+        if count < 2 {
+            return Err((0, Reason::Batch));
+        }
+        let entry = self.vacant().map_err(|why| (0, why))?;
+        let first = self.first_member(entry);
+        for (index, job) in jobs[..count].iter().enumerate() {
+            if matches!(job.op, Op::Drain) {
+                return Err((index, Reason::Batch));
+            }
+            let mut descriptor = self.admit(&job.op).map_err(|why| (index, why))?;
+            let fence = if job.fence { flag::FENCE } else { 0 };
+            self.ask_for_record(&mut descriptor, RECORD | fence, self.member_record(entry, index as u32));
+            self.lists.write(first + index, &descriptor);
+        }
+        let mut batch = Descriptor::new(Opcode::Batch, 0);
+        batch.source = self.lists.iova(first).get();
+        batch.size = count as u32;
+        batch.interrupt_handle = self.place.interrupt_handle;
+        self.ask_for_record(&mut batch, self.entry_flags, entry as usize);
+        jobs[..count].iter().for_each(|job| self.lend(&job.op));
+        if !self.post(&batch) {
+            jobs[..count].iter().for_each(|job| self.take_back(&job.op));
+            return Err((0, Reason::Full));
+        }
+        self.submitted(entry, count as u32);
+        self.outstanding += count;
+        for (slot, job) in self.jobs[first..first + count].iter_mut().zip(jobs.drain(count)) {
+            *slot = Some(job);
+        }
+        Ok(count)
+    }
+
+    fn poll(&mut self, done: &mut Burst<Done>) -> usize {
+        let mut sum = CounterValues::default();
+        // Entries looked at that are not finished; they stay, so this is also the place of the next one.
+        let mut unfinished = 0;
+        // Engines take entries in order, so at most one a engine is unfinished in front of a finished one. (Should a
+        // device do more at a time, a finished one waits until one before it is finished too.)
+        while unfinished < self.place.engines && !done.is_full() {
+            let Some(&entry) = self.order.get(unfinished) else { break };
+            let answer = self.answer(entry);
+            if answer.status() == 0 {
+                unfinished += 1;
+            } else if self.deliver(entry, answer, done, &mut sum) {
+                self.release(unfinished);
+            } else {
+                break;
+            }
+        }
+        if unfinished != 0 {
+            self.patience = self.patience.wrapping_add(1);
+            if self.patience.is_multiple_of(POLLS_PER_CLOCK) {
+                self.look_at_clock();
+            }
+        }
+        if sum.jobs != 0 {
+            self.counters.add(sum);
+        }
+        sum.jobs as usize
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<()> {
+        let until = Instant::now() + timeout;
+        loop {
+            let Some(interrupt) = &self.place.interrupt else {
+                let error =
+                    self.error(ErrorKind::Unsupported, "wait", "its channels were set up without interrupts");
+                return Err(error.mend("set Config::interrupts, or poll"));
+            };
+            // Emptied before looking: whatever completes after the look signals it again.
+            interrupt.drain();
+            if self.is_ready() {
+                return Ok(());
+            }
+            let mut left = until.saturating_duration_since(Instant::now());
+            if self.outstanding != 0 {
+                self.look_at_clock();
+                if !self.is_running() {
+                    return Ok(());
+                }
+                left = left.min(self.place.deadline);
+            }
+            if left.is_zero() {
+                return Ok(());
+            }
+            if let Some(interrupt) = &self.place.interrupt {
+                interrupt.wait(Some(left))?;
+            }
+        }
+    }
+
+    fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    fn reset(&mut self, done: &mut Burst<Done>) -> Result<usize> {
+        if self.is_gone() {
+            return Err(self.error(ErrorKind::Gone, "reset the queue", "its device does not answer"));
+        }
+        let core = Arc::clone(&self.place.core);
+        let named = |error: Error| error.device(core.device.name().to_owned());
+        if !self.resetting {
+            self.set_state(State::Stalled);
+            if let Err(error) = core.quiesce(self.place.index) {
+                self.leak();
+                return Err(named(error).mend("its memory stays allocated; open the device again"));
+            }
+            self.resetting = true;
+        }
+        let mut sum = CounterValues::default();
+        while let Some(&entry) = self.order.front() {
+            let answer = self.answer(entry);
+            if !self.deliver(entry, answer, done, &mut sum) {
+                break;
+            }
+            self.release(0);
+        }
+        self.counters.add(sum);
+        if self.outstanding == 0 {
+            core.resume(self.place.index).map_err(named)?;
+            self.resetting = false;
+            self.set_state(State::Running);
+        }
+        Ok(self.outstanding)
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+}
+
+impl Drop for WorkQueue {
+    /// Quiesces the queue; then the fields' drops detach, unmap and free. A queue that does not stop is leaked.
+    fn drop(&mut self) {
+        if self.is_gone() {
+            return;
+        }
+        if let Err(error) = self.place.core.retire(self.place.index) {
+            tracing::error!("{}", error.device(self.place.core.device.name().to_owned()));
+            self.leak();
+            return;
+        }
+        for job in self.jobs.iter().flatten() {
+            self.take_back(&job.op);
+        }
+    }
+}
+
+impl fmt::Debug for WorkQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkQueue")
+            .field("device", &self.place.core)
+            .field("index", &self.place.index)
+            .field("pasid", &self.pasid())
+            .field("state", &self.state())
+            .field("outstanding", &self.outstanding)
+            .finish_non_exhaustive()
+    }
+}
