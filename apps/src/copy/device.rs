@@ -73,7 +73,7 @@ fn place(device: &str, asked: &[usize]) -> anyhow::Result<(String, Cores)> {
         let given = device.split(',').find_map(|option| option.strip_prefix("core="));
         engine = Some(given.and_then(|core| core.parse().ok()).unwrap_or(*last));
         if given.is_none() {
-            address.push_str(&format!(",core={last}"));
+            address = format!("{device},core={last}");
         }
     }
     let mut drivers = asked.to_vec();

@@ -13,11 +13,12 @@ mod queue;
 pub(crate) mod report;
 mod turns;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use underpass::Pasid;
 use underpass::accel::OpKind;
 
 pub(crate) use self::args::Args;
@@ -25,7 +26,7 @@ use self::expect::Shape;
 use self::isolation::Isolation;
 use self::lane::Lane;
 use self::queue::Queue;
-use self::report::{QueueReport, Report};
+use self::report::Report;
 use self::turns::{Cores, Extent};
 use crate::interrupt::Stop;
 use crate::{Usage, size};
@@ -96,7 +97,7 @@ fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report>
     let slots = slots(args, &shape, queues)?;
 
     let channels = std::mem::take(&mut opened.channels);
-    let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(|pasid| pasid.get())).collect();
+    let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(Pasid::get)).collect();
     let mut lanes = Vec::with_capacity(queues);
     for (index, channel) in channels.into_iter().enumerate() {
         let Cores { drivers, memcpy } = &opened.cores;
@@ -131,38 +132,19 @@ fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report>
         device::tell_errors(&mut *opened.device);
     }
 
-    let jobs: u64 = measured.jobs.iter().sum();
-    let seconds = measured.seconds.max(f64::MIN_POSITIVE);
-    let gib = |jobs: u64, seconds: f64| jobs as f64 * shape.bytes() as f64 / seconds / (1 << 30) as f64;
-    let ratio = measured.ratio_to_memcpy();
-    Ok(Report {
-        device: args.device.clone(),
-        op: args.op.name(),
-        bytes_per_job: shape.bytes(),
-        batch: args.batch,
-        depth: opened.depth,
-        jobs,
-        bytes: jobs * shape.bytes(),
-        seconds: measured.seconds,
-        gib_per_second: gib(jobs, seconds),
-        jobs_per_second: jobs as f64 / seconds,
-        memcpy_gib_per_second: (measured.memcpy_jobs != 0)
-            .then(|| gib(measured.memcpy_jobs, measured.memcpy_seconds.max(f64::MIN_POSITIVE))),
-        ratio_to_memcpy: ratio,
-        verified: verified && failed == 0,
-        failed,
-        queues: pasids
-            .into_iter()
-            .zip(measured.jobs.iter())
-            .map(|(pasid, &jobs)| QueueReport { pasid, jobs })
-            .collect(),
-        driver: opened.device.driver(),
-        working_set: (Lane::footprint(&shape) * slots * queues) as u64,
-        memcpy_to_memcpy: measured.memcpy_to_memcpy(),
-        turns: measured.turns.len(),
-        crc32c: None,
-        isolation,
-    })
+    let memcpy_bytes = measured.memcpy_jobs * shape.bytes();
+    let by_queue = report::queues(pasids, &measured.jobs);
+    let mut report = Report::new(args, &opened, &shape, measured.seconds, by_queue);
+    report.memcpy_gib_per_second =
+        (memcpy_bytes != 0).then(|| report::gib_per_second(memcpy_bytes, measured.memcpy_seconds));
+    report.ratio_to_memcpy = measured.ratio_to_memcpy();
+    report.memcpy_to_memcpy = measured.memcpy_to_memcpy();
+    report.turns = measured.turns.len();
+    report.verified = verified && failed == 0;
+    report.failed = failed;
+    report.working_set = (Lane::footprint(&shape) * slots * queues) as u64;
+    report.isolation = isolation;
+    Ok(report)
 }
 
 /// How many jobs each queue goes round in, so that their buffers make up the working set.
@@ -217,12 +199,12 @@ fn send_file(
     let bytes = usize::try_from(args.size).unwrap_or(usize::MAX).min(usize::MAX >> 8);
     let shape = Shape { kind: OpKind::CopyCrc, size: bytes, block: args.dif_block };
     let mut from = file::open_input(input)?;
-    let length = from.metadata().map(|metadata| metadata.len()).unwrap_or(0);
+    let length = from.metadata().map_or(0, |metadata| metadata.len());
     let mut opened = device::open(args, &shape, args.queues)?;
     let mut to = file::Output::create(output)?;
 
     let channels = std::mem::take(&mut opened.channels);
-    let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(|pasid| pasid.get())).collect();
+    let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(Pasid::get)).collect();
     let queues = channels.into_iter().map(|channel| {
         // One thread drives all queues and the files: it has better things to do than to spin.
         Queue::new(channel, opened.device.name(), args.batch, true)
@@ -241,29 +223,11 @@ fn send_file(
     .with_context(|| format!("cannot send {} through {}", input.display(), args.device))?;
     to.finish()?;
 
-    let jobs: u64 = sent.jobs.iter().sum();
-    let seconds = sent.seconds.max(f64::MIN_POSITIVE);
-    Ok(Report {
-        device: args.device.clone(),
-        op: shape.kind.name(),
-        bytes_per_job: args.size,
-        batch: args.batch,
-        depth: opened.depth,
-        jobs,
-        bytes: sent.bytes,
-        seconds: sent.seconds,
-        gib_per_second: sent.bytes as f64 / seconds / (1 << 30) as f64,
-        jobs_per_second: jobs as f64 / seconds,
-        memcpy_gib_per_second: None,
-        ratio_to_memcpy: None,
-        verified: !args.no_verify,
-        failed: 0,
-        queues: pasids.into_iter().zip(sent.jobs).map(|(pasid, jobs)| QueueReport { pasid, jobs }).collect(),
-        driver: opened.device.driver(),
-        working_set: sent.working_set,
-        memcpy_to_memcpy: None,
-        turns: 0,
-        crc32c: Some(format!("{:08x}", sent.crc)),
-        isolation: None,
-    })
+    let by_queue = report::queues(pasids, &sent.jobs);
+    let mut report = Report::new(args, &opened, &shape, sent.seconds, by_queue);
+    report.set_bytes(sent.bytes);
+    report.verified = !args.no_verify;
+    report.working_set = sent.working_set;
+    report.crc32c = Some(format!("{:08x}", sent.crc));
+    Ok(report)
 }
