@@ -35,7 +35,7 @@ Try:
 
 /// Drives accelerators from user space: one kernel-owned address space and one PASID for each queue.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(name = "underpass", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 struct Cli {
     /// Say more on standard error
     #[arg(short, long, global = true)]
