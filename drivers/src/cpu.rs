@@ -89,25 +89,15 @@ impl Accelerator for Cpu {
         }
         if std::mem::replace(&mut self.taken, true) {
             let why = "its channels were taken before".into();
-            return cannot(
-                ErrorKind::Busy,
-                why,
-                "open it again, or take all channels at once".into(),
-            );
+            return cannot(ErrorKind::Busy, why, "open it again, or take all channels at once".into());
         }
         let limits = Limits {
             max_batch: config.batch.max(1),
-            depth: if config.depth == 0 {
-                DEFAULT_DEPTH
-            } else {
-                config.depth
-            },
+            depth: if config.depth == 0 { DEFAULT_DEPTH } else { config.depth },
             ..self.limits()
         };
         let channel = || Box::new(CpuChannel::new(limits, config)) as Box<dyn Channel>;
-        Ok(std::iter::repeat_with(channel)
-            .take(config.channels.max(1))
-            .collect())
+        Ok(std::iter::repeat_with(channel).take(config.channels.max(1)).collect())
     }
 
     fn next_error(&mut self) -> Option<Error> {
@@ -163,11 +153,7 @@ impl CpuChannel {
         Self {
             limits,
             interrupts: config.interrupts,
-            reach: if config.sva.is_some() {
-                Reach::Process
-            } else {
-                Reach::Regions(Vec::new())
-            },
+            reach: if config.sva.is_some() { Reach::Process } else { Reach::Regions(Vec::new()) },
             finished: VecDeque::with_capacity(limits.depth * limits.max_batch),
             submissions: 0,
             counters: Arc::default(),
@@ -180,10 +166,7 @@ impl CpuChannel {
         if operands(op).all(|(buf, _)| self.reach.access(buf.region()).is_some()) {
             return Ok(());
         }
-        self.counters.add(CounterValues {
-            refused: 1,
-            ..CounterValues::default()
-        });
+        self.counters.add(CounterValues { refused: 1, ..CounterValues::default() });
         Err(Reason::NotMapped)
     }
 
@@ -196,30 +179,20 @@ impl CpuChannel {
                 .find(|one| access.allows(*one) && !mapped.is_some_and(|mapped| mapped.allows(*one)));
             if let Some(access) = refused {
                 let iova = Iova::new(buf.as_ptr() as u64);
-                return Err(JobError::PageFault {
-                    iova,
-                    access,
-                    completed: 0,
-                });
+                return Err(JobError::PageFault { iova, access, completed: 0 });
             }
         }
         perform(op)
     }
 
     fn finish(&mut self, job: Job, result: Result<Outcome, JobError>, last: bool) {
-        self.finished.push_back(Finished {
-            done: Done { job, result },
-            last,
-        });
+        self.finished.push_back(Finished { done: Done { job, result }, last });
     }
 
     /// Moves finished jobs to `done`, as many as fit.
     fn hand_back(&mut self, done: &mut Burst<Done>) -> usize {
         let count = done.room().min(self.finished.len());
-        let mut sum = CounterValues {
-            jobs: count as u64,
-            ..CounterValues::default()
-        };
+        let mut sum = CounterValues { jobs: count as u64, ..CounterValues::default() };
         for finished in self.finished.drain(..count) {
             self.submissions -= usize::from(finished.last);
             match finished.done.result {
@@ -283,10 +256,7 @@ impl Channel for CpuChannel {
 
     fn submit(&mut self, mut job: Job) -> Result<(), Rejected> {
         if self.submissions == self.limits.depth {
-            return Err(Rejected {
-                job,
-                why: Reason::Full,
-            });
+            return Err(Rejected { job, why: Reason::Full });
         }
         if let Err(why) = self.admit(&job.op) {
             return Err(Rejected { job, why });
@@ -316,11 +286,7 @@ impl Channel for CpuChannel {
         let mut stopped = false;
         for (index, mut job) in jobs.drain(count).enumerate() {
             stopped |= job.fence && failed;
-            let result = if stopped {
-                Err(JobError::Abandoned)
-            } else {
-                self.perform(&mut job.op)
-            };
+            let result = if stopped { Err(JobError::Abandoned) } else { self.perform(&mut job.op) };
             failed |= result.is_err();
             self.finish(job, result, index + 1 == count);
         }
@@ -362,10 +328,7 @@ impl Channel for CpuChannel {
 
 /// The operation itself. Its shape was checked, so slices of different buffers have the lengths they need.
 fn perform(op: &mut Op) -> Result<Outcome, JobError> {
-    let mut outcome = Outcome {
-        matched: true,
-        ..Outcome::default()
-    };
+    let mut outcome = Outcome { matched: true, ..Outcome::default() };
     match op {
         Op::Nop | Op::Drain => {}
         Op::Copy { src, dst } => dst.copy_from_slice(src.buf()),
@@ -375,21 +338,13 @@ fn perform(op: &mut Op) -> Result<Outcome, JobError> {
         Op::ComparePattern { src, pattern } => {
             mismatch(&mut outcome, ops::pattern_difference(src.buf(), *pattern, 0));
         }
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => {
+        Op::CreateDelta { original, modified, delta } => {
             let made = ops::create_delta(original.buf(), modified.buf(), 0, delta);
             outcome.matched = made.written == 0;
             outcome.delta_len = made.written as u32;
             outcome.delta_overflow = made.overflow;
         }
-        Op::ApplyDelta {
-            delta,
-            delta_len,
-            dst,
-        } => {
+        Op::ApplyDelta { delta, delta_len, dst } => {
             ops::apply_delta(&delta.buf()[..*delta_len], dst).map_err(refuse_delta)?;
         }
         Op::Dualcast { src, dst1, dst2 } => {
@@ -404,10 +359,7 @@ fn perform(op: &mut Op) -> Result<Outcome, JobError> {
         Op::DifCheck { src, dif } => dif_blocks(src.buf(), dif, |_, _| {})?,
         Op::DifInsert { src, dst, dif } => {
             let block = dif.block.bytes();
-            let blocks = src
-                .buf()
-                .chunks_exact(block)
-                .zip(dst.chunks_exact_mut(block + DIF_TUPLE));
+            let blocks = src.buf().chunks_exact(block).zip(dst.chunks_exact_mut(block + DIF_TUPLE));
             for (index, (data, out)) in blocks.enumerate() {
                 out[..block].copy_from_slice(data);
                 out[block..].copy_from_slice(&ops::dif_tuple(data, dif, index as u32));
@@ -429,10 +381,7 @@ fn perform(op: &mut Op) -> Result<Outcome, JobError> {
         }
         // Not in the limits: check_shape refuses them.
         Op::CacheFlush { .. } | Op::Probe { .. } => {
-            return Err(JobError::Refused {
-                status: 0x10,
-                why: "the CPU channel does not do this",
-            });
+            return Err(JobError::Refused { status: 0x10, why: "the CPU channel does not do this" });
         }
     }
     Ok(outcome)
@@ -467,17 +416,8 @@ fn dif_blocks(src: &[u8], dif: &Dif, mut good: impl FnMut(usize, &[u8])) -> Resu
         };
         let verdict = ops::dif_check(data, tuple, dif, index as u32);
         if !verdict.is_good() {
-            let DifVerdict {
-                guard_bad: guard,
-                app_tag_bad: app_tag,
-                ref_tag_bad: ref_tag,
-            } = verdict;
-            return Err(JobError::Dif {
-                completed: (index * size) as u32,
-                guard,
-                app_tag,
-                ref_tag,
-            });
+            let DifVerdict { guard_bad: guard, app_tag_bad: app_tag, ref_tag_bad: ref_tag } = verdict;
+            return Err(JobError::Dif { completed: (index * size) as u32, guard, app_tag, ref_tag });
         }
         good(index, data);
     }

@@ -52,14 +52,9 @@ pub(crate) fn pattern_difference(data: &[u8], pattern: u64, phase: usize) -> Opt
     let mut expected = [0; STRIDE];
     fill(&mut expected, pattern, phase);
     // A stride holds the pattern a whole number of times: each piece begins in the same phase.
-    let (index, piece) = data
-        .chunks(STRIDE)
-        .enumerate()
-        .find(|(_, piece)| **piece != expected[..piece.len()])?;
-    let within = piece
-        .iter()
-        .zip(&expected)
-        .position(|(found, expected)| found != expected)?;
+    let (index, piece) =
+        data.chunks(STRIDE).enumerate().find(|(_, piece)| **piece != expected[..piece.len()])?;
+    let within = piece.iter().zip(&expected).position(|(found, expected)| found != expected)?;
     Some(index * STRIDE + within)
 }
 
@@ -81,26 +76,15 @@ pub(crate) fn create_delta(original: &[u8], modified: &[u8], first_unit: usize, 
     let (entries, _) = out.as_chunks_mut::<DELTA_ENTRY>();
     let mut entries = entries.iter_mut();
     let mut written = 0;
-    for (index, (_, new)) in original
-        .iter()
-        .zip(modified)
-        .enumerate()
-        .filter(|(_, (old, new))| old != new)
-    {
+    for (index, (_, new)) in original.iter().zip(modified).enumerate().filter(|(_, (old, new))| old != new) {
         let Some(entry) = entries.next() else {
-            return Delta {
-                written,
-                overflow: true,
-            };
+            return Delta { written, overflow: true };
         };
         entry[..2].copy_from_slice(&((first_unit + index) as u16).to_le_bytes());
         entry[2..].copy_from_slice(new);
         written += DELTA_ENTRY;
     }
-    Delta {
-        written,
-        overflow: false,
-    }
+    Delta { written, overflow: false }
 }
 
 /// What is wrong with an entry of a delta record.
@@ -140,20 +124,12 @@ fn dif_guard(data: &[u8], dif: &Dif) -> u16 {
 
 /// The application tag of block `index`, before its mask.
 fn dif_app_tag(dif: &Dif, index: u32) -> u16 {
-    if dif.increment_app_tag {
-        dif.app_tag.wrapping_add(index as u16)
-    } else {
-        dif.app_tag
-    }
+    if dif.increment_app_tag { dif.app_tag.wrapping_add(index as u16) } else { dif.app_tag }
 }
 
 /// The reference tag of block `index`.
 fn dif_ref_tag(dif: &Dif, index: u32) -> u32 {
-    if dif.fixed_ref_tag {
-        dif.ref_tag
-    } else {
-        dif.ref_tag.wrapping_add(index)
-    }
+    if dif.fixed_ref_tag { dif.ref_tag } else { dif.ref_tag.wrapping_add(index) }
 }
 
 /// The protection information of `data`, which is block `index` of its transfer.
@@ -214,11 +190,7 @@ mod tests {
         assert_eq!(crc32c(0, &count).to_le_bytes(), [0x4e, 0x79, 0xdd, 0x46]);
         assert_eq!(crc32c(0, &down).to_le_bytes(), [0x5c, 0xdb, 0x3f, 0x11]);
         assert_eq!(crc32c(0, b"123456789"), 0xe306_9283);
-        assert_eq!(
-            crc32c(crc32c(0, b"1234"), b"56789"),
-            0xe306_9283,
-            "continued over a split"
-        );
+        assert_eq!(crc32c(crc32c(0, b"1234"), b"56789"), 0xe306_9283, "continued over a split");
         assert_eq!(crc32c(0x1234_5678, b""), 0x1234_5678);
     }
 
@@ -227,10 +199,7 @@ mod tests {
         let pattern = 0x8877_6655_4433_2211;
         let mut whole = vec![0; 2000];
         fill(&mut whole, pattern, 0);
-        assert_eq!(
-            whole[..10],
-            [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x11, 0x22]
-        );
+        assert_eq!(whole[..10], [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x11, 0x22]);
         for phase in 0..17 {
             let mut part = vec![0; 1000];
             fill(&mut part, pattern, phase);
@@ -238,11 +207,7 @@ mod tests {
             assert_eq!(pattern_difference(&part, pattern, phase), None);
             for at in [0, 7, 8, STRIDE - 1, STRIDE, 999] {
                 part[at] ^= 0x40;
-                assert_eq!(
-                    pattern_difference(&part, pattern, phase),
-                    Some(at),
-                    "phase {phase}"
-                );
+                assert_eq!(pattern_difference(&part, pattern, phase), Some(at), "phase {phase}");
                 part[at] ^= 0x40;
             }
         }
@@ -270,22 +235,11 @@ mod tests {
         }
         let mut whole = [0; 200];
         let delta = create_delta(&original, &modified, 0, &mut whole);
-        assert_eq!(
-            delta,
-            Delta {
-                written: 60,
-                overflow: false
-            }
-        );
+        assert_eq!(delta, Delta { written: 60, overflow: false });
 
         let mut pieces = [0; 200];
         let first = create_delta(&original[..512], &modified[..512], 0, &mut pieces);
-        let second = create_delta(
-            &original[512..],
-            &modified[512..],
-            64,
-            &mut pieces[first.written..],
-        );
+        let second = create_delta(&original[512..], &modified[512..], 64, &mut pieces[first.written..]);
         assert_eq!(first.written + second.written, 60);
         assert_eq!(pieces, whole);
 
@@ -293,13 +247,7 @@ mod tests {
         assert_eq!(apply_delta(&whole[..60], &mut restored), Ok(()));
         assert_eq!(restored, modified);
         let short = create_delta(&vec![0; 1024], &modified, 0, &mut [0; 85]);
-        assert_eq!(
-            short,
-            Delta {
-                written: 80,
-                overflow: true
-            }
-        );
+        assert_eq!(short, Delta { written: 80, overflow: true });
     }
 
     #[test]
@@ -307,15 +255,9 @@ mod tests {
         let entry = |unit: u8| [unit, 0, 1, 1, 1, 1, 1, 1, 1, 1];
         let record = |units: &[u8]| units.iter().flat_map(|unit| entry(*unit)).collect::<Vec<u8>>();
         let mut dst = [0; 32];
-        assert_eq!(
-            apply_delta(&record(&[0, 4]), &mut dst),
-            Err(BadDelta::OutOfRange(10))
-        );
+        assert_eq!(apply_delta(&record(&[0, 4]), &mut dst), Err(BadDelta::OutOfRange(10)));
         assert_eq!(dst[..8], [1; 8], "entries before the bad one are applied");
-        assert_eq!(
-            apply_delta(&record(&[0, 2, 2]), &mut dst),
-            Err(BadDelta::NotIncreasing(20))
-        );
+        assert_eq!(apply_delta(&record(&[0, 2, 2]), &mut dst), Err(BadDelta::NotIncreasing(20)));
         assert_eq!(apply_delta(&record(&[3]), &mut dst), Ok(()));
     }
 
@@ -327,17 +269,11 @@ mod tests {
         dif.app_tag = 0x1234;
         dif.ref_tag = 0xffff_ffff;
         dif.app_tag_mask = 0x00f0;
-        assert_eq!(
-            dif_tuple(b"123456789", &dif, 1),
-            [0xd0, 0xdb, 0x12, 0x04, 0, 0, 0, 0]
-        );
+        assert_eq!(dif_tuple(b"123456789", &dif, 1), [0xd0, 0xdb, 0x12, 0x04, 0, 0, 0, 0]);
         dif.invert_crc_result = true;
         dif.fixed_ref_tag = true;
         dif.increment_app_tag = true;
-        assert_eq!(
-            dif_tuple(b"123456789", &dif, 1),
-            [0x2f, 0x24, 0x12, 0x05, 0xff, 0xff, 0xff, 0xff]
-        );
+        assert_eq!(dif_tuple(b"123456789", &dif, 1), [0x2f, 0x24, 0x12, 0x05, 0xff, 0xff, 0xff, 0xff]);
     }
 
     #[test]
@@ -346,11 +282,7 @@ mod tests {
         let crc = |seed: u16, data: &[u8]| {
             data.iter().fold(seed, |crc, byte| {
                 (0..8).fold(crc ^ u16::from(*byte) << 8, |crc, _| {
-                    if crc & 0x8000 == 0 {
-                        crc << 1
-                    } else {
-                        crc << 1 ^ 0x8bb7
-                    }
+                    if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x8bb7 }
                 })
             })
         };
@@ -363,12 +295,7 @@ mod tests {
 
     #[test]
     fn each_part_of_a_tuple_is_judged_alone() {
-        let dif = Dif {
-            app_tag: 7,
-            app_tag_mask: 0xff00,
-            ref_tag: 9,
-            ..Dif::new(DifBlock::B512)
-        };
+        let dif = Dif { app_tag: 7, app_tag_mask: 0xff00, ref_tag: 9, ..Dif::new(DifBlock::B512) };
         let data = [0x5a; 512];
         let good = dif_tuple(&data, &dif, 3);
         assert!(dif_check(&data, &good, &dif, 3).is_good());
@@ -377,33 +304,11 @@ mod tests {
             bad[at] ^= 1;
             dif_check(&data, &bad, &dif, 3)
         };
-        assert_eq!(
-            with(1),
-            DifVerdict {
-                guard_bad: true,
-                ..DifVerdict::default()
-            }
-        );
+        assert_eq!(with(1), DifVerdict { guard_bad: true, ..DifVerdict::default() });
         assert_eq!(with(2), DifVerdict::default(), "masked");
-        assert_eq!(
-            with(3),
-            DifVerdict {
-                app_tag_bad: true,
-                ..DifVerdict::default()
-            }
-        );
-        assert_eq!(
-            with(7),
-            DifVerdict {
-                ref_tag_bad: true,
-                ..DifVerdict::default()
-            }
-        );
-        let lax = Dif {
-            skip_guard_check: true,
-            skip_ref_tag_check: true,
-            ..dif
-        };
+        assert_eq!(with(3), DifVerdict { app_tag_bad: true, ..DifVerdict::default() });
+        assert_eq!(with(7), DifVerdict { ref_tag_bad: true, ..DifVerdict::default() });
+        let lax = Dif { skip_guard_check: true, skip_ref_tag_check: true, ..dif };
         assert!(dif_check(&[0; 512], &good, &lax, 40).is_good());
     }
 }

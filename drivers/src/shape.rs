@@ -1,7 +1,7 @@
 //! Whether a job's buffers fit together: what every channel asks before it takes one.
 
 use underpass::Access;
-use underpass::accel::{Limits, Op, Reason};
+use underpass::accel::{Dif, Limits, Op, Reason};
 use underpass::dma::DmaBuf;
 
 use crate::ops::{DELTA_ENTRY, DELTA_UNIT, DIF_TUPLE};
@@ -68,32 +68,19 @@ pub(crate) fn check_shape(op: &Op, limits: &Limits) -> Result<(), Reason> {
             let inside = |start: usize| start.checked_add(*len).is_some_and(|end| end <= buf.len());
             require(inside(*from) && inside(*to), Reason::Size)
         }
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => {
+        Op::CreateDelta { original, modified, delta } => {
             let sizes = modified.buf().len() == size && delta_size(size) && delta.len() >= MIN_DELTA_RECORD;
             require(sizes, Reason::Size)?;
-            let aligned = [original.buf(), modified.buf(), delta]
-                .into_iter()
-                .all(delta_aligned);
+            let aligned = [original.buf(), modified.buf(), delta].into_iter().all(delta_aligned);
             require(aligned, Reason::Alignment)
         }
-        Op::ApplyDelta {
-            delta,
-            delta_len,
-            dst,
-        } => {
+        Op::ApplyDelta { delta, delta_len, dst } => {
             let record = *delta_len != 0
                 && delta_len.is_multiple_of(DELTA_ENTRY)
                 && *delta_len <= delta.buf().len()
                 && *delta_len as u64 <= limits.max_bytes;
             require(record && delta_size(size), Reason::Size)?;
-            require(
-                delta_aligned(delta.buf()) && delta_aligned(dst),
-                Reason::Alignment,
-            )
+            require(delta_aligned(delta.buf()) && delta_aligned(dst), Reason::Alignment)
         }
         Op::Dualcast { dst1, dst2, .. } => {
             require(dst1.len() == size && dst2.len() == size, Reason::Size)?;
@@ -110,6 +97,9 @@ pub(crate) fn check_shape(op: &Op, limits: &Limits) -> Result<(), Reason> {
             Reason::Size,
         ),
         Op::DifUpdate { dst, from, to, .. } => {
+            // A descriptor has one pair of inversion flags, for both sides.
+            let inversions = |dif: &Dif| (dif.invert_crc_seed, dif.invert_crc_result);
+            require(inversions(from) == inversions(to), Reason::Unsupported)?;
             let whole = from.block == to.block && size.is_multiple_of(from.block.bytes() + DIF_TUPLE);
             require(whole && dst.len() == size, Reason::Size)
         }
@@ -152,15 +142,9 @@ pub(crate) fn operands(op: &Op) -> impl Iterator<Item = (&DmaBuf, Access)> {
         | Op::DifStrip { src, dst, .. }
         | Op::DifUpdate { src, dst, .. }
         | Op::ApplyDelta { delta: src, dst, .. } => [Some((src.buf(), R)), Some((dst, W)), None],
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => [
-            Some((original.buf(), R)),
-            Some((modified.buf(), R)),
-            Some((delta, W)),
-        ],
+        Op::CreateDelta { original, modified, delta } => {
+            [Some((original.buf(), R)), Some((modified.buf(), R)), Some((delta, W))]
+        }
         Op::Dualcast { src, dst1, dst2 } => [Some((src.buf(), R)), Some((dst1, W)), Some((dst2, W))],
     };
     operands.into_iter().flatten()

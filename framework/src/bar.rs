@@ -10,7 +10,8 @@
 //! # Ordering
 //! Writes come after everything that this thread did before, and reads before everything that it does after: what a
 //! doorbell announces is in memory by then. On MMIO that is a fence for the compiler and, on x86-64, nothing for the
-//! CPU (uncached accesses are not reordered with each other nor with earlier stores: Intel SDM vol. 3A, 13.3).
+//! CPU: uncached accesses are reordered neither with each other nor with earlier stores (Intel SDM vol. 3A, "Memory
+//! Ordering").
 
 use std::any::Any;
 use std::fmt;
@@ -60,8 +61,8 @@ impl Bar {
     /// Zeroed plain memory of `len` bytes in place of a device, for shared-memory BARs and tests. `len` is rounded up
     /// to a multiple of 64.
     ///
-    /// 64-bit accesses are single atomic ones. A narrower read takes its part of the 64-bit word; a narrower write
-    /// changes its part of the word by compare-and-swap, so that concurrent writers of one word do not undo each other.
+    /// 64-bit accesses are single atomic ones. A narrower one takes or, by compare-and-swap, changes its part of
+    /// the 64-bit word, so that concurrent writers of one word do not undo each other.
     pub fn memory(len: u64) -> Self {
         let words = (0..len.div_ceil(64) * 8).map(|_| AtomicU64::new(0)).collect::<Arc<[_]>>();
         let len = words.len() as u64 * 8;
@@ -105,9 +106,7 @@ impl Bar {
         self.len
     }
 
-    /// The `len` bytes at `offset` as a BAR of their own. For every offset that the device reported.
-    ///
-    /// # Errors
+    /// The `len` bytes at `offset` as a BAR of their own. For every offset that the device reported:
     /// [`ErrorKind::Device`] if they are not all inside this BAR, or there are none.
     pub fn window(&self, offset: u64, len: u64) -> Result<Self> {
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > self.len) {

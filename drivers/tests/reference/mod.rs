@@ -2,50 +2,43 @@
 //! and with nothing in common with the code under test.
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::assigning_clones, clippy::manual_memcpy, reason = "written out, as a reference is")]
 
 use underpass::accel::{Dif, Done, JobError, Op, Outcome};
 use underpass::dma::DmaBuf;
 
 /// CRC32C: RFC 3720, section 12.1 and appendix B.4 (the polynomial 0x1edc6f41, bits reversed), continued from
 /// an earlier result, 0 to begin.
-pub fn crc32c(seed: u32, data: &[u8]) -> u32 {
+pub(crate) fn crc32c(seed: u32, data: &[u8]) -> u32 {
     let mut crc = !seed;
     for byte in data {
         crc ^= u32::from(*byte);
         for _ in 0..8 {
-            crc = if crc & 1 == 1 {
-                crc >> 1 ^ 0x82f6_3b78
-            } else {
-                crc >> 1
-            };
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
         }
     }
     !crc
 }
 
 /// CRC-16/T10-DIF: SBC-4, section 4.22.4, polynomial 0x8bb7, most significant bit first.
-pub fn crc16_t10(seed: u16, data: &[u8]) -> u16 {
+pub(crate) fn crc16_t10(seed: u16, data: &[u8]) -> u16 {
     let mut crc = seed;
     for byte in data {
         crc ^= u16::from(*byte) << 8;
         for _ in 0..8 {
-            crc = if crc & 0x8000 == 0 {
-                crc << 1
-            } else {
-                crc << 1 ^ 0x8bb7
-            };
+            crc = if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x8bb7 };
         }
     }
     crc
 }
 
 /// Byte `index` of a buffer filled with `pattern`.
-pub fn pattern_byte(pattern: u64, index: usize) -> u8 {
+pub(crate) fn pattern_byte(pattern: u64, index: usize) -> u8 {
     (pattern >> (8 * (index % 8))) as u8
 }
 
 /// The delta record of two buffers, as large as it needs to be.
-pub fn delta_record(original: &[u8], modified: &[u8]) -> Vec<u8> {
+pub(crate) fn delta_record(original: &[u8], modified: &[u8]) -> Vec<u8> {
     let mut record = Vec::new();
     for unit in 0..original.len() / 8 {
         let bytes = unit * 8..unit * 8 + 8;
@@ -62,17 +55,13 @@ pub fn delta_record(original: &[u8], modified: &[u8]) -> Vec<u8> {
 fn tags(data: &[u8], dif: &Dif, index: usize) -> (u16, u16, u32) {
     let crc = crc16_t10(if dif.invert_crc_seed { 0xffff } else { 0 }, data);
     let guard = if dif.invert_crc_result { crc ^ 0xffff } else { crc };
-    let app_tag = dif
-        .app_tag
-        .wrapping_add(if dif.increment_app_tag { index as u16 } else { 0 });
-    let ref_tag = dif
-        .ref_tag
-        .wrapping_add(if dif.fixed_ref_tag { 0 } else { index as u32 });
+    let app_tag = dif.app_tag.wrapping_add(if dif.increment_app_tag { index as u16 } else { 0 });
+    let ref_tag = dif.ref_tag.wrapping_add(if dif.fixed_ref_tag { 0 } else { index as u32 });
     (guard, app_tag, ref_tag)
 }
 
 /// The blocks of `data` with protection information.
-pub fn dif_insert(data: &[u8], dif: &Dif) -> Vec<u8> {
+pub(crate) fn dif_insert(data: &[u8], dif: &Dif) -> Vec<u8> {
     let mut out = Vec::new();
     for (index, block) in data.chunks(dif.block.bytes()).enumerate() {
         let (guard, app_tag, ref_tag) = tags(block, dif, index);
@@ -85,7 +74,7 @@ pub fn dif_insert(data: &[u8], dif: &Dif) -> Vec<u8> {
 }
 
 /// The data of blocks with protection information, or what is wrong with the first bad one.
-pub fn dif_strip(protected: &[u8], dif: &Dif) -> Result<Vec<u8>, JobError> {
+pub(crate) fn dif_strip(protected: &[u8], dif: &Dif) -> Result<Vec<u8>, JobError> {
     let mut out = Vec::new();
     let size = dif.block.bytes();
     for (index, block) in protected.chunks(size + 8).enumerate() {
@@ -110,7 +99,7 @@ pub fn dif_strip(protected: &[u8], dif: &Dif) -> Result<Vec<u8>, JobError> {
 }
 
 /// The buffers of an operation, in the order of its fields.
-pub fn buffers(op: &Op) -> Vec<&DmaBuf> {
+pub(crate) fn buffers(op: &Op) -> Vec<&DmaBuf> {
     match op {
         Op::Nop | Op::Drain | Op::Probe { .. } => vec![],
         Op::Copy { src, dst }
@@ -122,11 +111,7 @@ pub fn buffers(op: &Op) -> Vec<&DmaBuf> {
         Op::Fill { dst, .. } => vec![dst],
         Op::Compare { a, b } => vec![a.buf(), b.buf()],
         Op::ComparePattern { src, .. } | Op::Crc { src, .. } | Op::DifCheck { src, .. } => vec![src.buf()],
-        Op::CreateDelta {
-            original,
-            modified,
-            delta,
-        } => vec![original.buf(), modified.buf(), delta],
+        Op::CreateDelta { original, modified, delta } => vec![original.buf(), modified.buf(), delta],
         Op::ApplyDelta { delta, dst, .. } => vec![delta.buf(), dst],
         Op::Dualcast { src, dst1, dst2 } => vec![src.buf(), dst1, dst2],
     }
@@ -134,7 +119,7 @@ pub fn buffers(op: &Op) -> Vec<&DmaBuf> {
 
 /// How a job must come back.
 #[derive(Debug)]
-pub struct Expected {
+pub(crate) struct Expected {
     result: Result<Outcome, JobError>,
     /// What each buffer begins with afterwards, in the order of [`buffers`]; judged only if the job succeeds.
     contents: Vec<Vec<u8>>,
@@ -142,43 +127,35 @@ pub struct Expected {
 
 impl Expected {
     /// How `op` must come back, from what its buffers hold now.
-    pub fn of(op: &Op) -> Self {
+    pub(crate) fn of(op: &Op) -> Self {
         let mut contents: Vec<Vec<u8>> = buffers(op).iter().map(|buf| buf.to_vec()).collect();
         let result = perform(op, &mut contents);
         Self { result, contents }
     }
 
+    /// Whether the job must fail.
+    pub(crate) fn fails(&self) -> bool {
+        self.result.is_err()
+    }
+
     /// Holds `done` against it.
-    pub fn verify(&self, done: &Done) {
+    pub(crate) fn verify(&self, done: &Done) {
         let kind = done.job.op.kind();
         match (&self.result, &done.result) {
             (Ok(expected), Ok(found)) => {
                 // A device may stop its comparison early, in front of the difference.
-                assert!(
-                    found.mismatch_at <= expected.mismatch_at,
-                    "{kind:?}: {found:?}, not {expected:?}"
-                );
-                let found = Outcome {
-                    mismatch_at: expected.mismatch_at,
-                    ..*found
-                };
+                assert!(found.mismatch_at <= expected.mismatch_at, "{kind:?}: {found:?}, not {expected:?}");
+                let found = Outcome { mismatch_at: expected.mismatch_at, ..*found };
                 assert_eq!(found, *expected, "{kind:?}");
             }
             (expected, found) => assert_eq!(found, expected, "{kind:?}"),
         }
         let buffers = buffers(&done.job.op);
-        assert_eq!(
-            buffers.len(),
-            self.contents.len(),
-            "{kind:?} came back as another operation"
-        );
+        assert_eq!(buffers.len(), self.contents.len(), "{kind:?} came back as another operation");
         for (number, (buf, expected)) in buffers.iter().zip(&self.contents).enumerate() {
             if self.result.is_ok() && buf[..expected.len()] != expected[..] {
                 let at = (0..expected.len()).find(|at| buf[*at] != expected[*at]);
-                panic!(
-                    "{kind:?}: buffer {number} of {} bytes is wrong from byte {at:?} on",
-                    buf.len()
-                );
+                panic!("{kind:?}: buffer {number} of {} bytes is wrong from byte {at:?} on", buf.len());
             }
         }
     }
@@ -186,10 +163,7 @@ impl Expected {
 
 /// Does `op` to copies of its buffers.
 fn perform(op: &Op, contents: &mut [Vec<u8>]) -> Result<Outcome, JobError> {
-    let mut outcome = Outcome {
-        matched: true,
-        ..Outcome::default()
-    };
+    let mut outcome = Outcome { matched: true, ..Outcome::default() };
     let mut compared = |first: Option<usize>| {
         outcome.matched = first.is_none();
         outcome.mismatch_at = first.unwrap_or(0) as u32;

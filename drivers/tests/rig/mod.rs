@@ -13,14 +13,14 @@ use underpass::{Access, Burst, Region};
 use crate::reference;
 
 /// Longer than any job of these tests takes, on a busy machine too.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A repeatable source of variety: SplitMix64.
+/// A repeatable source of variety: `SplitMix64`.
 #[derive(Debug, Clone)]
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -28,15 +28,15 @@ impl Random {
         z ^ z >> 31
     }
 
-    pub fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 
-    pub fn coin(&mut self) -> bool {
+    pub(crate) fn coin(&mut self) -> bool {
         self.next() & 1 == 1
     }
 
-    pub fn fill(&mut self, bytes: &mut [u8]) {
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {
             chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
         }
@@ -45,7 +45,7 @@ impl Random {
 
 /// How the start of a buffer must be aligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Align {
+pub(crate) enum Align {
     /// Not at all: anywhere in a cache line.
     Any,
     /// To this many bytes.
@@ -56,7 +56,7 @@ const GUARD: u8 = 0xc5;
 
 /// A region from which buffers are cut, each between guard bytes that nobody may touch.
 #[derive(Debug)]
-pub struct Arena {
+pub(crate) struct Arena {
     region: Arc<Region>,
     rest: DmaBuf,
     guards: Vec<DmaBuf>,
@@ -64,23 +64,18 @@ pub struct Arena {
 }
 
 impl Arena {
-    pub fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         let region = Region::builder(len as u64).build().unwrap();
         let rest = DmaBuf::new(Arc::clone(&region)).unwrap();
-        Self {
-            region,
-            rest,
-            guards: Vec::new(),
-            random: Random(len as u64),
-        }
+        Self { region, rest, guards: Vec::new(), random: Random(len as u64) }
     }
 
-    pub fn region(&self) -> &Arc<Region> {
+    pub(crate) fn region(&self) -> &Arc<Region> {
         &self.region
     }
 
     /// A buffer of `len` bytes.
-    pub fn take(&mut self, len: usize, align: Align) -> DmaBuf {
+    pub(crate) fn take(&mut self, len: usize, align: Align) -> DmaBuf {
         let here = self.rest.as_ptr() as usize + 64;
         let start = match align {
             Align::Any => here.next_multiple_of(64) + self.random.below(64),
@@ -97,19 +92,16 @@ impl Arena {
     }
 
     /// A buffer with random contents.
-    pub fn random(&mut self, len: usize) -> DmaBuf {
+    pub(crate) fn random(&mut self, len: usize) -> DmaBuf {
         let mut buf = self.take(len, Align::Any);
         self.random.fill(&mut buf);
         buf
     }
 
     /// Nobody wrote beside a buffer.
-    pub fn check_guards(&self) {
+    pub(crate) fn check_guards(&self) {
         for guard in &self.guards {
-            assert!(
-                guard.iter().all(|byte| *byte == GUARD),
-                "bytes beside a buffer were written: {guard:?}"
-            );
+            assert!(guard.iter().all(|byte| *byte == GUARD), "bytes beside a buffer were written: {guard:?}");
         }
     }
 }
@@ -123,7 +115,7 @@ impl Drop for Arena {
 }
 
 /// What a job of this kind does with its buffers, in the order of [`reference::buffers`].
-pub fn roles(kind: OpKind) -> &'static [Access] {
+pub(crate) fn roles(kind: OpKind) -> &'static [Access] {
     const R: Access = Access::READ;
     const W: Access = Access::WRITE;
     match kind {
@@ -143,7 +135,7 @@ pub fn roles(kind: OpKind) -> &'static [Access] {
     }
 }
 
-pub fn random_dif(random: &mut Random, block: DifBlock) -> Dif {
+pub(crate) fn random_dif(random: &mut Random, block: DifBlock) -> Dif {
     Dif {
         invert_crc_seed: random.coin(),
         invert_crc_result: random.coin(),
@@ -160,7 +152,7 @@ pub fn random_dif(random: &mut Random, block: DifBlock) -> Dif {
 
 /// How well the data of a generated job agrees with itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flavour {
+pub(crate) enum Flavour {
     /// Compared buffers are equal, protection information is right, a delta record fits.
     Agreeing,
     /// By chance: compared buffers may differ, protection information may be wrong, a delta may not fit.
@@ -169,7 +161,8 @@ pub enum Flavour {
 
 /// A job's operation of this kind and of about `size` bytes, with random contents in buffers that come from
 /// `take`, which is told the number of the operand, the length and the alignment.
-pub fn make(
+#[allow(clippy::too_many_lines, reason = "an arm an operation")]
+pub(crate) fn make(
     kind: OpKind,
     size: usize,
     flavour: Flavour,
@@ -189,10 +182,7 @@ pub fn make(
         OpKind::Drain => Op::Drain,
         OpKind::Copy => {
             let src = source(random, |random| take_random(random, 0, size, any));
-            Op::Copy {
-                src,
-                dst: take_random(random, 1, size, any),
-            }
+            Op::Copy { src, dst: take_random(random, 1, size, any) }
         }
         OpKind::CopyWithin => {
             let buf = take_random(random, 0, size, any);
@@ -200,19 +190,13 @@ pub fn make(
             let (from, to) = (random.below(size - len + 1), random.below(size - len + 1));
             Op::CopyWithin { buf, from, to, len }
         }
-        OpKind::Fill => Op::Fill {
-            dst: take_random(random, 0, size, any),
-            pattern: random.next(),
-        },
+        OpKind::Fill => Op::Fill { dst: take_random(random, 0, size, any), pattern: random.next() },
         OpKind::Compare => {
             let a = take_random(random, 0, size, any);
             let mut b = take_random(random, 1, size, any);
             b.copy_from_slice(&a);
             maybe_spoil(random, spoil, &mut b);
-            Op::Compare {
-                a: source(random, |_| a),
-                b: source(random, |_| b),
-            }
+            Op::Compare { a: source(random, |_| a), b: source(random, |_| b) }
         }
         OpKind::ComparePattern => {
             let pattern = random.next();
@@ -221,15 +205,12 @@ pub fn make(
                 *byte = reference::pattern_byte(pattern, index);
             }
             maybe_spoil(random, spoil, &mut src);
-            Op::ComparePattern {
-                src: source(random, |_| src),
-                pattern,
-            }
+            Op::ComparePattern { src: source(random, |_| src), pattern }
         }
         OpKind::CreateDelta | OpKind::ApplyDelta => {
             let original = take_random(random, 0, units, Align::To(8));
             let mut changed = original.to_vec();
-            for _ in 0..1 + random.below(12) {
+            for _ in 0..=random.below(12) {
                 let at = random.below(units);
                 changed[at] = random.next() as u8;
             }
@@ -238,15 +219,12 @@ pub fn make(
             let record = reference::delta_record(&original, &changed);
             if kind == OpKind::ApplyDelta {
                 drop(original);
-                let mut delta = take_random(random, 0, record.len() + random.below(9), Align::To(8));
+                let room = record.len() + random.below(9);
+                let mut delta = take_random(random, 0, room, Align::To(8));
                 delta[..record.len()].copy_from_slice(&record);
                 let delta = source(random, |_| delta);
                 let dst = take_random(random, 1, units, Align::To(8));
-                return Op::ApplyDelta {
-                    delta,
-                    delta_len: record.len(),
-                    dst,
-                };
+                return Op::ApplyDelta { delta, delta_len: record.len(), dst };
             }
             let mut modified = take_random(random, 1, units, Align::To(8));
             match random.below(4) {
@@ -254,11 +232,7 @@ pub fn make(
                 1 if spoil => modified.copy_from_slice(&original),
                 _ => modified.copy_from_slice(&changed),
             }
-            let room = if spoil {
-                80 + random.below(60)
-            } else {
-                record.len().max(80)
-            };
+            let room = if spoil { 80 + random.below(60) } else { record.len().max(80) };
             let delta = take_random(random, 2, room, Align::To(8));
             Op::CreateDelta {
                 original: source(random, |_| original),
@@ -274,26 +248,17 @@ pub fn make(
         }
         OpKind::Crc => {
             let src = source(random, |random| take_random(random, 0, size, any));
-            Op::Crc {
-                src,
-                seed: if random.coin() { 0 } else { random.next() as u32 },
-            }
+            Op::Crc { src, seed: if random.coin() { 0 } else { random.next() as u32 } }
         }
         OpKind::CopyCrc => {
             let src = source(random, |random| take_random(random, 0, size, any));
             let dst = take_random(random, 1, size, any);
-            Op::CopyCrc {
-                src,
-                dst,
-                seed: random.next() as u32,
-            }
+            Op::CopyCrc { src, dst, seed: random.next() as u32 }
         }
         OpKind::DifInsert => {
             let dif = any_dif(random);
             let blocks = (size / dif.block.bytes()).max(1);
-            let src = source(random, |random| {
-                take_random(random, 0, blocks * dif.block.bytes(), any)
-            });
+            let src = source(random, |random| take_random(random, 0, blocks * dif.block.bytes(), any));
             let dst = take_random(random, 1, blocks * (dif.block.bytes() + 8), any);
             Op::DifInsert { src, dst, dif }
         }
@@ -312,26 +277,17 @@ pub fn make(
             let src = source(random, |_| src);
             match kind {
                 OpKind::DifCheck => Op::DifCheck { src, dif },
-                OpKind::DifStrip => Op::DifStrip {
-                    src,
-                    dst: take_random(random, 1, data.len(), any),
-                    dif,
-                },
+                OpKind::DifStrip => Op::DifStrip { src, dst: take_random(random, 1, data.len(), any), dif },
                 _ => {
                     let dst = take_random(random, 1, src.buf().len(), any);
-                    let to = random_dif(random, dif.block);
-                    Op::DifUpdate {
-                        src,
-                        dst,
-                        from: dif,
-                        to,
-                    }
+                    // One descriptor inverts the same on both sides.
+                    let (invert_crc_seed, invert_crc_result) = (dif.invert_crc_seed, dif.invert_crc_result);
+                    let to = Dif { invert_crc_seed, invert_crc_result, ..random_dif(random, dif.block) };
+                    Op::DifUpdate { src, dst, from: dif, to }
                 }
             }
         }
-        OpKind::CacheFlush => Op::CacheFlush {
-            buf: take_random(random, 0, size, any),
-        },
+        OpKind::CacheFlush => Op::CacheFlush { buf: take_random(random, 0, size, any) },
         OpKind::Probe => panic!("what a probe reaches depends on the channel: it has tests of its own"),
     }
 }
@@ -345,11 +301,7 @@ fn any_dif(random: &mut Random) -> Dif {
 fn source(random: &mut Random, make: impl FnOnce(&mut Random) -> DmaBuf) -> Source {
     let shared = random.coin();
     let buf = make(random);
-    if shared {
-        Source::from(buf.freeze())
-    } else {
-        Source::from(buf)
-    }
+    if shared { Source::from(buf.freeze()) } else { Source::from(buf) }
 }
 
 /// Changes one bit, one time in two.
@@ -361,52 +313,41 @@ fn maybe_spoil(random: &mut Random, spoil: bool, bytes: &mut [u8]) {
 
 /// An accelerator with its channels.
 #[derive(Debug)]
-pub struct Rig {
+pub(crate) struct Rig {
     // In the order that they are dropped in: channels before the device.
-    pub channels: Vec<Box<dyn Channel>>,
-    pub device: Box<dyn Accelerator>,
-    pub random: Random,
+    pub(crate) channels: Vec<Box<dyn Channel>>,
+    pub(crate) device: Box<dyn Accelerator>,
+    pub(crate) random: Random,
     tags: u64,
 }
 
 impl Rig {
-    pub fn new(mut device: Box<dyn Accelerator>, config: &Config) -> Self {
+    pub(crate) fn new(mut device: Box<dyn Accelerator>, config: &Config) -> Self {
         let channels = device.channels(config).unwrap();
-        Self {
-            channels,
-            device,
-            random: Random(7),
-            tags: 0,
-        }
+        Self { channels, device, random: Random(7), tags: 0 }
     }
 
     /// An arena that the first channel maps.
-    pub fn arena(&mut self, len: usize) -> Arena {
+    pub(crate) fn arena(&mut self, len: usize) -> Arena {
         let arena = Arena::new(len);
         self.channels[0].map(arena.region(), Access::READ_WRITE).unwrap();
         arena
     }
 
     /// A job of this kind in `arena`.
-    pub fn job(&mut self, arena: &mut Arena, kind: OpKind, size: usize, flavour: Flavour) -> Job {
+    pub(crate) fn job(&mut self, arena: &mut Arena, kind: OpKind, size: usize, flavour: Flavour) -> Job {
         self.tags += 1;
-        Job::new(make(
-            kind,
-            size,
-            flavour,
-            &mut self.random,
-            &mut |_, len, align| arena.take(len, align),
-        ))
-        .tag(self.tags)
+        Job::new(make(kind, size, flavour, &mut self.random, &mut |_, len, align| arena.take(len, align)))
+            .tag(self.tags)
     }
 
     /// Has the first channel do one job.
-    pub fn run(&mut self, job: Job) -> Done {
+    pub(crate) fn run(&mut self, job: Job) -> Done {
         run(&mut *self.channels[0], job)
     }
 
     /// Has the first channel do a batch; what comes back is in the order of the jobs.
-    pub fn run_batch(&mut self, jobs: Vec<Job>) -> Vec<Done> {
+    pub(crate) fn run_batch(&mut self, jobs: Vec<Job>) -> Vec<Done> {
         let tags: Vec<u64> = jobs.iter().map(|job| job.tag).collect();
         let mut burst = burst(jobs);
         assert_eq!(self.channels[0].submit_batch(&mut burst), Ok(tags.len()));
@@ -419,7 +360,7 @@ impl Rig {
     }
 }
 
-pub fn burst<T>(items: Vec<T>) -> Burst<T> {
+pub(crate) fn burst<T>(items: Vec<T>) -> Burst<T> {
     let mut burst = Burst::with_capacity(items.len());
     for item in items {
         assert!(burst.push(item).is_ok());
@@ -428,7 +369,7 @@ pub fn burst<T>(items: Vec<T>) -> Burst<T> {
 }
 
 /// Submits one job and waits for it.
-pub fn run(channel: &mut dyn Channel, job: Job) -> Done {
+pub(crate) fn run(channel: &mut dyn Channel, job: Job) -> Done {
     let tag = job.tag;
     if let Err(rejected) = channel.submit(job) {
         panic!("rejected ({}): {:?}", rejected.why, rejected.job.op);
@@ -439,19 +380,14 @@ pub fn run(channel: &mut dyn Channel, job: Job) -> Done {
 }
 
 /// Polls until `count` jobs are back.
-pub fn collect(channel: &mut dyn Channel, count: usize) -> Vec<Done> {
+pub(crate) fn collect(channel: &mut dyn Channel, count: usize) -> Vec<Done> {
     let begin = Instant::now();
     let mut all = Vec::new();
     let mut done = Burst::with_capacity(count.max(1));
     while all.len() < count {
         channel.poll(&mut done);
         all.extend(done.drain_all());
-        assert!(
-            begin.elapsed() < PATIENCE,
-            "{} of {count} jobs back, {:?}",
-            all.len(),
-            channel.state()
-        );
+        assert!(begin.elapsed() < PATIENCE, "{} of {count} jobs back, {:?}", all.len(), channel.state());
         std::thread::yield_now();
     }
     assert_eq!(all.len(), count);

@@ -34,7 +34,7 @@ impl Host for ModelHost {
 
 /// The register side, shared by the device, its configuration space and its BARs.
 pub(super) struct InProcess {
-    name: Box<str>,
+    name: String,
     registers: Mutex<Registers>,
     vectors: usize,
     interrupts: Interrupts,
@@ -69,7 +69,7 @@ impl InProcess {
             Run::Threads { cores } => (spawn(soft.name(), engines, &cores)?, Vec::new()),
         };
         let function = Self {
-            name: soft.name().into(),
+            name: soft.name().to_owned(),
             vectors: model.vectors(),
             registers: Mutex::new(Registers { model, config }),
             interrupts,
@@ -111,7 +111,7 @@ impl InProcess {
                 true
             }
             Err(payload) => {
-                let error = engine_panicked(&self.name, panic_message(&*payload));
+                let error = self.engine_panicked(&panic_message(&*payload));
                 tracing::error!("{error}");
                 self.engine_failure.get_or_init(|| error);
                 false
@@ -123,6 +123,11 @@ impl InProcess {
     /// Ends the stepped engines: waits for a step in progress, and there is no other.
     pub(super) fn stop(&self) {
         self.stepped.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn engine_panicked(&self, message: &str) -> Error {
+        Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}"))
+            .device(self.name.clone())
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
@@ -159,6 +164,7 @@ impl Engines {
         self.0.iter().map(Worker::core).collect()
     }
 
+    /// The first panic of one of them. The worker's name says which device it was.
     pub(super) fn failure(&self) -> Option<Error> {
         self.0.iter().find_map(Worker::failure)
     }
@@ -182,10 +188,6 @@ fn spawn(device: &str, engines: Vec<Box<dyn Engine>>, cores: &[usize]) -> Result
             .map_err(|error| error.device(device.to_owned()))
     };
     engines.into_iter().enumerate().map(start).collect()
-}
-
-fn engine_panicked(device: &str, message: String) -> Error {
-    Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}")).device(device.to_owned())
 }
 
 /// The BAR that `spec` describes.

@@ -190,7 +190,8 @@ impl PciDevice {
 
     /// Why an engine runs no more: the device then never finishes what it was given.
     pub fn engine_failure(&self) -> Option<Error> {
-        self.engines.failure().or_else(|| self.function.engine_failure())
+        let failure = self.engines.failure().or_else(|| self.function.engine_failure());
+        failure.map(|error| error.device(self.name().to_owned()))
     }
 
     /// Under [`Run::Stepped`], steps each engine once and returns whether any did work. False at once while another
