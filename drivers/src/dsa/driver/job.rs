@@ -10,7 +10,7 @@ use crate::dsa::spec::{
     CompletionRecord, DELTA_ENTRY, DELTA_MIN_SIZE, Descriptor, DifControl, DifDestinationFlags,
     DifSourceFlags, DifTags, GenCap, Handshake, Opcode, Status, compare_result, delta_result, dif_result,
 };
-use crate::shape::transfer_size;
+use crate::shape::{completable, transfer_size};
 
 /// The operations of a device with these capabilities.
 pub(super) fn supported(operations: [u64; 4], general: GenCap) -> Ops {
@@ -243,7 +243,7 @@ pub(super) fn judge(
     let word = |offset| records.word(index, offset).load(Ordering::Relaxed);
     let status = Status(handshake.status());
     let completed = handshake.completed();
-    if u64::from(completed) > transfer_size(op) as u64 {
+    if completed as usize > completable(op) {
         return lied("it completed more bytes than the job has");
     }
     match status.code() {
@@ -320,10 +320,12 @@ fn succeeded(op: &Op, handshake: Handshake, word: impl Fn(usize) -> u64) -> Resu
 /// job is number `index` in it.
 #[cold]
 pub(super) fn without_status(batch: Handshake, index: u32) -> JobError {
+    if batch.status() == 0 {
+        // The queue was stopped before the batch was done.
+        return JobError::Reset;
+    }
     let status = Status(batch.status()).code();
     match status {
-        // The queue was stopped before the batch was done.
-        Status::NONE => JobError::Reset,
         Status::BATCH_FAILED if index >= batch.completed() => JobError::Abandoned,
         Status::BATCH_FAILED | Status::SUCCESS => {
             JobError::Lied { why: "the batch is done, but this job of it has no status" }
