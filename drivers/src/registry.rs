@@ -89,8 +89,8 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
         profile.engines = engines;
     }
     let mode = address.choice("mode", &[("dedicated", WqMode::Dedicated), ("shared", WqMode::Shared)])?;
-    let mut options = SoftOptions::default();
-    options.check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
+    let check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
+    let mut options = SoftOptions { check_leases, ..SoftOptions::default() };
     if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
         options.max_pasids = pasids;
     }
