@@ -13,9 +13,7 @@ pub(crate) fn check(text: &str, keys: &[String]) -> Vec<Violation> {
             .map(|key| violation(format!("has no key `{key}`, on which others rely")))
             .collect(),
         Ok(_) => vec![violation("is JSON but not an object".to_owned())],
-        Err(error) => vec![violation(format!(
-            "is not one JSON object and nothing else: {error}"
-        ))],
+        Err(error) => vec![violation(format!("is not one JSON object and nothing else: {error}"))],
     }
 }
 

@@ -43,17 +43,11 @@ impl Rules {
                     let (Some(name), Some("uses")) = (words.next(), words.next().as_deref()) else {
                         bail!("ci/layers:{line}: write `crate NAME uses NAME...`");
                     };
-                    parsed.crates.push(Crate {
-                        line,
-                        name,
-                        uses: words.collect(),
-                    });
+                    parsed.crates.push(Crate { line, name, uses: words.collect() });
                 }
-                ("in", _) => parsed.names.push(Names {
-                    line,
-                    patterns: words().collect(),
-                    ..Names::default()
-                }),
+                ("in", _) => {
+                    parsed.names.push(Names { line, patterns: words().collect(), ..Names::default() })
+                }
                 ("never", Some(names)) => names.never = words().collect(),
                 ("has", Some(names)) => names.has = Some(rest.trim().to_owned()),
                 ("because", Some(names)) => rest.trim().clone_into(&mut names.because),
@@ -64,10 +58,7 @@ impl Rules {
         }
         for names in &parsed.names {
             if names.because.is_empty() || (names.never.is_empty() && names.has.is_none()) {
-                bail!(
-                    "ci/layers:{}: `in` needs a `never` or a `has`, and a `because`",
-                    names.line
-                );
+                bail!("ci/layers:{}: `in` needs a `never` or a `has`, and a `because`", names.line);
             }
         }
         Ok(parsed)
@@ -154,10 +145,8 @@ fn is_dependencies(section: &str) -> bool {
 }
 
 fn check_names(path: &str, source: &Source, rule: &Names, violations: &mut Vec<Violation>) {
-    if let Some(text) = rule
-        .has
-        .as_ref()
-        .filter(|text| !source.lines.iter().any(|line| line.trim() == text.as_str()))
+    if let Some(text) =
+        rule.has.as_ref().filter(|text| !source.lines.iter().any(|line| line.trim() == text.as_str()))
     {
         let text = format!("lacks `{text}`: {} (ci/layers:{})", rule.because, rule.line);
         violations.push(Violation::new(path, 0, text));
@@ -188,10 +177,7 @@ fn check_names(path: &str, source: &Source, rule: &Names, violations: &mut Vec<V
             }
         });
         if found.is_some() {
-            let text = format!(
-                "names `{}`: {} (ci/layers:{})",
-                token.text, rule.because, rule.line
-            );
+            let text = format!("names `{}`: {} (ci/layers:{})", token.text, rule.because, rule.line);
             violations.push(Violation::new(path, token.line, text));
         }
     }
@@ -199,8 +185,7 @@ fn check_names(path: &str, source: &Source, rule: &Names, violations: &mut Vec<V
 
 /// Whether `word` is one of the words that a type's name is made of: `Model` is in `DsaModel`, not in `Modeller`.
 fn has_word(name: &str, word: &str) -> bool {
-    name.match_indices(word)
-        .any(|(at, _)| !name[at + word.len()..].starts_with(char::is_lowercase))
+    name.match_indices(word).any(|(at, _)| !name[at + word.len()..].starts_with(char::is_lowercase))
 }
 
 #[cfg(test)]
@@ -221,15 +206,8 @@ mod tests {
         let mut all = vec![("high/src/lib.rs", "#![forbid(unsafe_code)]\n")];
         all.retain(|(path, _)| files.iter().all(|(other, _)| other != path));
         all.extend(files);
-        let tree = Tree::new(
-            all.into_iter()
-                .map(|(path, text)| (path.to_owned(), text.to_owned())),
-        );
-        check(&tree, RULES)
-            .expect("valid rules")
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        let tree = Tree::new(all.into_iter().map(|(path, text)| (path.to_owned(), text.to_owned())));
+        check(&tree, RULES).expect("valid rules").iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -246,18 +224,12 @@ mod tests {
                 "name = \"low\"\n[dependencies]\nhigh.workspace = true",
                 "Cargo.toml:4: `low` may not depend on `high`",
             ),
-            (
-                "name = \"low\"\n[dev-dependencies]\nhigh.workspace = true",
-                "Cargo.toml:4: `low` may not",
-            ),
+            ("name = \"low\"\n[dev-dependencies]\nhigh.workspace = true", "Cargo.toml:4: `low` may not"),
             (
                 "name = \"low\"\n[target.'cfg(x)'.dependencies]\nhigh.workspace = true",
                 "Cargo.toml:4: `low` may not",
             ),
-            (
-                "name = \"low\"\n[dependencies]\nlibc = \"0.2\"",
-                "Cargo.toml:4: `libc` does not come from",
-            ),
+            ("name = \"low\"\n[dependencies]\nlibc = \"0.2\"", "Cargo.toml:4: `libc` does not come from"),
             (
                 "name = \"low\"\n[dependencies.libc]\nversion = \"0.2\"",
                 "Cargo.toml:3: write a dependency on one line",
@@ -266,10 +238,7 @@ mod tests {
         ];
         for (text, expected) in cases {
             let lines = found(&[("Cargo.toml", &format!("[package]\n{text}\n"))]);
-            assert!(
-                lines.len() == 1 && lines[0].starts_with(expected),
-                "{text}: {lines:?}"
-            );
+            assert!(lines.len() == 1 && lines[0].starts_with(expected), "{text}: {lines:?}");
         }
     }
 
@@ -297,19 +266,13 @@ mod tests {
         let text = "//! The model is its twin.\nconst A: &str = \"vfio::x\";\nfn f(model: u8) { model; }\nstruct Modeller;\n\
                     #[cfg(test)]\nmod tests {\n use crate::model::DsaModel;\n}\n";
         assert_eq!(found(&[("high/src/dsa/driver.rs", text)]), [""; 0]);
-        assert_eq!(
-            found(&[("high/src/dsa/other.rs", "use crate::model::DsaModel;")]),
-            [""; 0]
-        );
+        assert_eq!(found(&[("high/src/dsa/other.rs", "use crate::model::DsaModel;")]), [""; 0]);
     }
 
     #[test]
     fn a_missing_line_is_found() {
         let lines = found(&[("high/src/lib.rs", "// #![forbid(unsafe_code)]\n")]);
-        assert!(
-            lines.len() == 1 && lines[0].starts_with("high/src/lib.rs: lacks"),
-            "{lines:?}"
-        );
+        assert!(lines.len() == 1 && lines[0].starts_with("high/src/lib.rs: lacks"), "{lines:?}");
     }
 
     #[test]
@@ -320,14 +283,7 @@ mod tests {
 
     #[test]
     fn rules_that_cannot_be_read_are_refused() {
-        for text in [
-            "crate a",
-            "never a",
-            "in a",
-            "in a\nnever b",
-            "in a\nbecause b",
-            "forbid a",
-        ] {
+        for text in ["crate a", "never a", "in a", "in a\nnever b", "in a\nbecause b", "forbid a"] {
             assert!(Rules::parse(text).is_err(), "{text}");
         }
     }

@@ -9,9 +9,7 @@ use crate::tree::{Violation, rules};
 pub(crate) fn check(metadata: &str, list: &str) -> Result<Vec<Violation>> {
     let metadata: Value =
         serde_json::from_str(metadata).context("standard input is not cargo metadata's JSON")?;
-    let packages = metadata["packages"]
-        .as_array()
-        .context("cargo metadata has no packages")?;
+    let packages = metadata["packages"].as_array().context("cargo metadata has no packages")?;
     let allowed: Vec<&str> = rules(list).map(|(_, id)| id).collect();
     let mut violations = Vec::new();
     for package in packages {
@@ -37,18 +35,12 @@ pub(crate) fn check(metadata: &str, list: &str) -> Result<Vec<Violation>> {
 /// Whether an SPDX licence expression can be satisfied with the allowed ids alone.
 fn fits(expression: &str, allowed: &[&str]) -> Result<bool> {
     // Before SPDX expressions, a slash meant "or".
-    let spaced = expression
-        .replace('/', " OR ")
-        .replace('(', " ( ")
-        .replace(')', " ) ");
+    let spaced = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
     let words: Vec<&str> = spaced.split_whitespace().collect();
     if words.is_empty() {
         return Ok(false);
     }
-    let mut parser = Parser {
-        words: &words,
-        allowed,
-    };
+    let mut parser = Parser { words: &words, allowed };
     let fits = parser.alternatives()?;
     if let [word, ..] = parser.words {
         bail!("`{word}` is not expected there");
@@ -95,14 +87,10 @@ impl Parser<'_> {
             }
             return Ok(fits);
         }
-        let [id, rest @ ..] = self.words else {
-            bail!("it ends too early")
-        };
+        let [id, rest @ ..] = self.words else { bail!("it ends too early") };
         self.words = rest;
         if self.takes("WITH") {
-            let [exception, rest @ ..] = self.words else {
-                bail!("it ends too early")
-            };
+            let [exception, rest @ ..] = self.words else { bail!("it ends too early") };
             self.words = rest;
             return Ok(self.allowed.contains(&format!("{id} WITH {exception}").as_str()));
         }
@@ -127,13 +115,7 @@ mod tests {
         ] {
             assert!(fits(good, &ALLOWED).expect(good), "{good}");
         }
-        for bad in [
-            "",
-            "GPL-2.0-only",
-            "MIT AND GPL-2.0-only",
-            "MIT WITH GCC-exception-3.1",
-            "mit",
-        ] {
+        for bad in ["", "GPL-2.0-only", "MIT AND GPL-2.0-only", "MIT WITH GCC-exception-3.1", "mit"] {
             assert!(!fits(bad, &ALLOWED).expect(bad), "{bad}");
         }
         for broken in ["MIT OR", "(MIT", "MIT MIT", "MIT)", "MIT WITH"] {
@@ -149,10 +131,7 @@ mod tests {
             {"name": "other", "version": "2.0.0", "license": "AGPL-3.0-only"}
         ]}"#;
         let violations = check(metadata, "# ours\nMIT\n").expect("valid");
-        let what: Vec<_> = violations
-            .iter()
-            .map(|violation| violation.path.as_str())
-            .collect();
+        let what: Vec<_> = violations.iter().map(|violation| violation.path.as_str()).collect();
         assert_eq!(what, ["none 1.0.0", "other 2.0.0"]);
     }
 }

@@ -26,12 +26,7 @@ impl Source {
     pub(crate) fn parse(text: &str) -> Self {
         let lines: Vec<String> = text.lines().map(str::to_owned).collect();
         let tokens = tokens(text);
-        let mut source = Self {
-            tests: vec![false; lines.len()],
-            lines,
-            tokens,
-            test_modules: Vec::new(),
-        };
+        let mut source = Self { tests: vec![false; lines.len()], lines, tokens, test_modules: Vec::new() };
         source.find_tests();
         source
     }
@@ -68,12 +63,9 @@ impl Source {
                 continue;
             }
             let item = attribute.end..self.item_end(attribute.end);
-            let declaration = self.tokens[item.clone()]
-                .iter()
-                .position(|token| token.text == "mod");
+            let declaration = self.tokens[item.clone()].iter().position(|token| token.text == "mod");
             if let Some(position) = declaration.filter(|_| self.is(item.end - 1, ";")) {
-                self.test_modules
-                    .push(self.tokens[item.start + position + 1].text.clone());
+                self.test_modules.push(self.tokens[item.start + position + 1].text.clone());
             }
             let last = self.tokens[item.end - 1].line;
             self.tests[self.tokens[at].line - 1..last].fill(true);
@@ -100,12 +92,19 @@ impl Source {
 
     /// Whether it is `cfg(test)` or `cfg(all(.., test, ..))`: what is there in tests alone.
     fn is_cfg_test(&self, attribute: &Range<usize>) -> bool {
-        let has = |word: &str| {
-            self.tokens[attribute.clone()]
-                .iter()
-                .any(|token| token.text == word)
-        };
-        self.is(attribute.start + 2, "cfg") && has("test") && !has("not") && !has("any")
+        let arguments = attribute.start + 4;
+        let alone = self.is(arguments, "test") && self.is(arguments + 1, ")");
+        let mut depth = 0_u32;
+        let among = self.is(arguments, "all")
+            && self.tokens[arguments..attribute.end].iter().any(|token| {
+                match token.text.as_str() {
+                    "(" => depth += 1,
+                    ")" => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                depth == 1 && token.text == "test"
+            });
+        self.is(attribute.start + 2, "cfg") && self.is(attribute.start + 3, "(") && (alone || among)
     }
 
     /// One past the last token of the item that starts at `at`: its `;`, or the `}` of its body.
@@ -147,20 +146,14 @@ fn tokens(text: &str) -> Vec<Token> {
         } else if first == '\'' {
             scanner.quote();
         } else if first.is_alphanumeric() || first == '_' {
-            let word: String = scanner
-                .rest
-                .chars()
-                .take_while(|c| c.is_alphanumeric() || *c == '_')
-                .collect();
+            let word: String =
+                scanner.rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
             scanner.skip(word.len());
             tokens.push(Token { text: word, line });
         } else {
             scanner.skip(first.len_utf8());
             if !first.is_whitespace() {
-                tokens.push(Token {
-                    text: first.to_string(),
-                    line,
-                });
+                tokens.push(Token { text: first.to_string(), line });
             }
         }
     }
@@ -204,9 +197,7 @@ impl Scanner<'_> {
 
     /// Steps over the start of a raw string, if there is one, and gives the number of its hashes.
     fn raw_string(&mut self) -> Option<usize> {
-        let after = ["r", "br", "cr"]
-            .iter()
-            .find_map(|prefix| self.rest.strip_prefix(prefix))?;
+        let after = ["r", "br", "cr"].iter().find_map(|prefix| self.rest.strip_prefix(prefix))?;
         let hashes = after.len() - after.trim_start_matches('#').len();
         let body = after[hashes..].strip_prefix('"')?;
         self.skip(self.rest.len() - body.len());
@@ -230,18 +221,11 @@ impl Scanner<'_> {
     fn quote(&mut self) {
         self.skip(1);
         let mut next = self.rest.chars();
-        let is_character = matches!(
-            (next.next(), next.next()),
-            (Some('\\'), _) | (Some(_), Some('\''))
-        );
+        let is_character = matches!((next.next(), next.next()), (Some('\\'), _) | (Some(_), Some('\'')));
         if is_character {
             self.quoted('\'');
         } else {
-            self.skip(
-                self.rest
-                    .find(|c: char| !c.is_alphanumeric() && c != '_')
-                    .unwrap_or(self.rest.len()),
-            );
+            self.skip(self.rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(self.rest.len()));
         }
     }
 }
@@ -252,43 +236,22 @@ mod tests {
 
     fn words(text: &str) -> Vec<(String, usize)> {
         let word = |token: &Token| token.text.starts_with(char::is_alphabetic);
-        tokens(text)
-            .into_iter()
-            .filter(word)
-            .map(|token| (token.text, token.line))
-            .collect()
+        tokens(text).into_iter().filter(word).map(|token| (token.text, token.line)).collect()
     }
 
     #[test]
     fn comments_and_literals_hold_no_names() {
         let text = "a // no\n/* no /* no */ no */ b \"no \\\" no\n\" c r#\"no \" no\"# d b'\\'' e '\"' f<'no> g 'x' \"\" h";
-        let expected = [
-            ("a", 1),
-            ("b", 2),
-            ("c", 3),
-            ("d", 3),
-            ("b", 3),
-            ("e", 3),
-            ("f", 3),
-            ("g", 3),
-            ("h", 3),
-        ];
+        let expected =
+            [("a", 1), ("b", 2), ("c", 3), ("d", 3), ("b", 3), ("e", 3), ("f", 3), ("g", 3), ("h", 3)];
         assert_eq!(words(text), expected.map(|(word, line)| (word.to_owned(), line)));
     }
 
     #[test]
     fn what_ends_nowhere_ends_the_file() {
-        for text in [
-            "a /*",
-            "a \"",
-            "a \"\\",
-            "a r#\"b",
-            "a '",
-            "a '\\",
-            "#[",
-            "#[cfg(test)] mod",
-            "#[cfg(test)]",
-        ] {
+        for text in
+            ["a /*", "a \"", "a \"\\", "a r#\"b", "a '", "a '\\", "#[", "#[cfg(test)] mod", "#[cfg(test)]"]
+        {
             let source = Source::parse(text);
             assert!(source.tokens.len() <= 8, "{text}");
         }
@@ -296,13 +259,12 @@ mod tests {
 
     #[test]
     fn an_item_under_cfg_test_is_a_test_to_its_end() {
-        let text = "use a;\n#[cfg(test)]\nuse b;\nfn c() {}\n#[cfg(all(test, loom))]\n#[must_use]\nfn d() -> [u8; 2] {\n{}\n}\n\
-                    #[cfg(not(test))]\nfn e() {}\n#[cfg(any(test, loom))]\nfn f() {}\n#[cfg(test)]\nmod g;\n";
+        let text = "use a;\n#[cfg(test)]\nuse b;\nfn c() {}\n#[cfg(all(not(loom), test))]\n#[must_use]\nfn d() -> [u8; 2] {\n{}\n}\n\
+                    #[cfg(not(test))]\nfn e() {}\n#[cfg(any(test, loom))]\nfn f() {}\n\
+                    #[cfg(all(unix, not(test)))]\nfn h() {}\n#[cfg(test)]\nmod g;\n";
         let source = Source::parse(text);
-        let tests: Vec<_> = (1..=source.lines.len())
-            .filter(|line| source.is_test(*line))
-            .collect();
-        assert_eq!(tests, [2, 3, 5, 6, 7, 8, 9, 14, 15]);
+        let tests: Vec<_> = (1..=source.lines.len()).filter(|line| source.is_test(*line)).collect();
+        assert_eq!(tests, [2, 3, 5, 6, 7, 8, 9, 16, 17]);
         assert_eq!(source.test_modules, ["g"]);
     }
 }

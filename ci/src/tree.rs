@@ -24,22 +24,14 @@ pub(crate) struct Violation {
 
 impl Violation {
     pub(crate) fn new(path: &str, line: usize, text: impl Into<String>) -> Self {
-        Self {
-            path: path.to_owned(),
-            line,
-            text: text.into(),
-        }
+        Self { path: path.to_owned(), line, text: text.into() }
     }
 }
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, line, text } = self;
-        if *line == 0 {
-            write!(f, "{path}: {text}")
-        } else {
-            write!(f, "{path}:{line}: {text}")
-        }
+        if *line == 0 { write!(f, "{path}: {text}") } else { write!(f, "{path}:{line}: {text}") }
     }
 }
 
@@ -82,18 +74,12 @@ impl Tree {
                 Some((folder, "mod.rs" | "lib.rs" | "main.rs")) => folder.to_owned(),
                 _ => path.trim_end_matches(".rs").to_owned(),
             };
-            roots.extend(
-                source
-                    .test_modules
-                    .iter()
-                    .map(|module| format!("{folder}/{module}")),
-            );
+            roots.extend(source.test_modules.iter().map(|module| format!("{folder}/{module}")));
         }
         for (path, source) in &mut self.rust {
             let integration = path.split('/').nth(1) == Some("tests");
             let declared = roots.iter().any(|root| {
-                path.strip_prefix(root)
-                    .is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+                path.strip_prefix(root).is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
             });
             if integration || declared {
                 source.all_is_test();
@@ -166,17 +152,11 @@ mod tests {
 
     #[test]
     fn patterns() {
-        assert!(fits(
-            "drivers/src/*/driver/**",
-            "drivers/src/dsa/driver/queue/mod.rs"
-        ));
+        assert!(fits("drivers/src/*/driver/**", "drivers/src/dsa/driver/queue/mod.rs"));
         assert!(fits("drivers/src/*/driver*", "drivers/src/dsa/driver.rs"));
         assert!(fits("apps/**", "apps/src/main.rs"));
         assert!(!fits("drivers/src/*/driver*", "drivers/src/dsa/driver/queue.rs"));
-        assert!(!fits(
-            "drivers/src/*/driver/**",
-            "drivers/src/dsa/model/driver.rs"
-        ));
+        assert!(!fits("drivers/src/*/driver/**", "drivers/src/dsa/model/driver.rs"));
         assert!(!fits("iommu/src/memory.rs", "iommu/src/memory.rst"));
     }
 
@@ -192,12 +172,8 @@ mod tests {
             file("a/src/real/twin.rs", "fn f() {}"),
             file("a/tests/whole.rs", "fn f() {}"),
         ]);
-        let tests: Vec<_> = tree
-            .rust
-            .iter()
-            .filter(|(_, source)| source.is_test(1))
-            .map(|(path, _)| path.as_str())
-            .collect();
+        let tests: Vec<_> =
+            tree.rust.iter().filter(|(_, source)| source.is_test(1)).map(|(path, _)| path.as_str()).collect();
         assert_eq!(
             tests,
             [

@@ -21,17 +21,11 @@ pub(crate) fn check(tree: &Tree, list: &str) -> Result<Vec<Violation>> {
         let Some((pattern, _why)) = rule.split_once(char::is_whitespace) else {
             bail!("ci/unsafe-modules:{line}: say why `{rule}` may hold unsafe code");
         };
-        entries.push(Entry {
-            line,
-            pattern,
-            used: false,
-        });
+        entries.push(Entry { line, pattern, used: false });
     }
     let mut violations = Vec::new();
     for (path, source) in &tree.rust {
-        let places: Vec<usize> = (0..source.tokens.len())
-            .filter(|at| source.is(*at, "unsafe"))
-            .collect();
+        let places: Vec<usize> = (0..source.tokens.len()).filter(|at| source.is(*at, "unsafe")).collect();
         let Some(first) = places.first() else { continue };
         let mut listed = false;
         for entry in entries.iter_mut().filter(|entry| fits(entry.pattern, path)) {
@@ -48,28 +42,20 @@ pub(crate) fn check(tree: &Tree, list: &str) -> Result<Vec<Violation>> {
             .filter(|at| source.is(at + 1, "{") || source.is(at + 1, "impl"))
             .map(|at| source.tokens[at].line)
             .collect();
-        violations.extend(
-            proofs
-                .iter()
-                .filter(|line| !is_proven(source, **line))
-                .map(|line| {
-                    Violation::new(
-                        path,
-                        *line,
-                        "no `// SAFETY:` comment above: prove the conditions of what is called",
-                    )
-                }),
-        );
+        violations.extend(proofs.iter().filter(|line| !is_proven(source, **line)).map(|line| {
+            Violation::new(
+                path,
+                *line,
+                "no `// SAFETY:` comment above: prove the conditions of what is called",
+            )
+        }));
         if proofs.iter().any(|line| !source.is_test(*line)) && !says_why(tree, path) {
             let text = "neither this module's `//!` header nor its parent's says why it must be unsafe and what makes it sound";
             violations.push(Violation::new(path, 1, text));
         }
     }
     violations.extend(entries.iter().filter(|entry| !entry.used).map(|entry| {
-        let text = format!(
-            "nothing unsafe is in `{}` any more: remove the line",
-            entry.pattern
-        );
+        let text = format!("nothing unsafe is in `{}` any more: remove the line", entry.pattern);
         Violation::new("ci/unsafe-modules", entry.line, text)
     }));
     Ok(violations)
@@ -96,13 +82,7 @@ fn is_proven(source: &Source, line: usize) -> bool {
 /// Whether the module's own header, or its parent's, speaks of `unsafe`.
 fn says_why(tree: &Tree, path: &str) -> bool {
     let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-    [
-        path.to_owned(),
-        format!("{folder}/mod.rs"),
-        format!("{folder}.rs"),
-    ]
-    .iter()
-    .any(|module| {
+    [path.to_owned(), format!("{folder}/mod.rs"), format!("{folder}.rs")].iter().any(|module| {
         tree.rust.get(module).is_some_and(|source| {
             source
                 .lines
@@ -121,11 +101,7 @@ mod tests {
 
     fn texts(path: &str, text: &str) -> Vec<String> {
         let tree = Tree::new([(path.to_owned(), text.to_owned())]);
-        check(&tree, LIST)
-            .expect("valid")
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(&tree, LIST).expect("valid").iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -138,38 +114,19 @@ mod tests {
     #[test]
     fn what_is_wrong_is_found() {
         let cases = [
-            (
-                "b/src/b.rs",
-                "fn f() {}\nunsafe fn g() {}\n",
-                "b/src/b.rs:2: unsafe code outside",
-            ),
-            (
-                "a/src/a.rs",
-                "//! unsafe\nfn f() {\n    unsafe { g() };\n}\n",
-                "a/src/a.rs:3: no `// SAFETY:`",
-            ),
+            ("b/src/b.rs", "fn f() {}\nunsafe fn g() {}\n", "b/src/b.rs:2: unsafe code outside"),
+            ("a/src/a.rs", "//! unsafe\nfn f() {\n    unsafe { g() };\n}\n", "a/src/a.rs:3: no `// SAFETY:`"),
             (
                 "a/src/a.rs",
                 "//! unsafe\n// SAFETY: of something else\n\nunsafe impl Send for A {}\n",
                 "a/src/a.rs:4: no",
             ),
-            (
-                "a/src/a.rs",
-                "//! A.\n// SAFETY: fine\nunsafe impl Send for A {}\n",
-                "a/src/a.rs:1: neither",
-            ),
-            (
-                "a/src/a.rs",
-                "//! unsafe, in words only\n",
-                "ci/unsafe-modules:1: nothing unsafe",
-            ),
+            ("a/src/a.rs", "//! A.\n// SAFETY: fine\nunsafe impl Send for A {}\n", "a/src/a.rs:1: neither"),
+            ("a/src/a.rs", "//! unsafe, in words only\n", "ci/unsafe-modules:1: nothing unsafe"),
         ];
         for (path, text, expected) in cases {
             let found = texts(path, text);
-            assert!(
-                found.iter().any(|line| line.starts_with(expected)),
-                "{text}: {found:?}"
-            );
+            assert!(found.iter().any(|line| line.starts_with(expected)), "{text}: {found:?}");
         }
     }
 

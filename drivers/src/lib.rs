@@ -10,3 +10,8 @@ pub mod registry;
 mod shape;
 
 pub use registry::{Registry, builtin};
+
+/// The README's program, run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -544,6 +544,14 @@ pub struct Rejected {
     pub why: Reason,
 }
 
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the job ({}) was not taken: {}", self.job.op.kind().name(), self.why)
+    }
+}
+
+impl std::error::Error for Rejected {}
+
 /// Whether a channel works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {

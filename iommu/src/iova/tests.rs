@@ -44,10 +44,7 @@ impl Pages {
         std::array::from_fn(|page| {
             let page = page as u64;
             let forbidden = base == 0 && page == 0;
-            !forbidden
-                && ranges
-                    .iter()
-                    .any(|&(first, count)| (first..first + count).contains(&page))
+            !forbidden && ranges.iter().any(|&(first, count)| (first..first + count).contains(&page))
         })
     }
 
@@ -69,10 +66,7 @@ fn ranges(base: u64, of_pages: &[(u64, u64)]) -> Vec<IovaRange> {
     let range = |&(page, pages): &(u64, u64)| {
         let pages = pages.min(PAGES - page);
         let first = base + page * PAGE;
-        IovaRange {
-            first: Iova::new(first),
-            last: Iova::new(first + (pages * PAGE - 1)),
-        }
+        IovaRange { first: Iova::new(first), last: Iova::new(first + (pages * PAGE - 1)) }
     };
     of_pages.iter().map(range).collect()
 }
@@ -146,10 +140,7 @@ proptest! {
 }
 
 fn range(first: u64, last: u64) -> IovaRange {
-    IovaRange {
-        first: Iova::new(first),
-        last: Iova::new(last),
-    }
+    IovaRange { first: Iova::new(first), last: Iova::new(last) }
 }
 
 #[test]
@@ -160,29 +151,17 @@ fn a_whole_64_bit_space_but_for_its_first_page() {
     assert!(!allocator.reserve(Iova::new(u64::MAX), 2), "past the end");
     assert!(!allocator.reserve(Iova::new(4096), 0));
     assert_eq!(allocator.allocate(1 << 63, 1 << 63).unwrap(), Iova::new(1 << 63));
-    assert_eq!(
-        allocator.allocate(1, 1 << 63).unwrap_err().kind(),
-        ErrorKind::Exhausted
-    );
-    assert_eq!(
-        allocator.allocate(u64::MAX, 1).unwrap_err().kind(),
-        ErrorKind::Exhausted
-    );
+    assert_eq!(allocator.allocate(1, 1 << 63).unwrap_err().kind(), ErrorKind::Exhausted);
+    assert_eq!(allocator.allocate(u64::MAX, 1).unwrap_err().kind(), ErrorKind::Exhausted);
     allocator.free(Iova::new(1 << 63), 1 << 63);
-    assert_eq!(
-        allocator.allocate(u64::MAX - 4095, 4096).unwrap(),
-        Iova::new(4096)
-    );
+    assert_eq!(allocator.allocate(u64::MAX - 4095, 4096).unwrap(), Iova::new(4096));
 }
 
 #[test]
 fn nonsense_is_refused() {
     let mut allocator = IovaAllocator::new(vec![range(0, 0xf_ffff)]);
     for (len, alignment) in [(0, 4096), (4096, 0), (4096, 3)] {
-        assert_eq!(
-            allocator.allocate(len, alignment).unwrap_err().kind(),
-            ErrorKind::InvalidInput
-        );
+        assert_eq!(allocator.allocate(len, alignment).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
     let mut empty = IovaAllocator::new(vec![range(0x5000, 0x4fff)]);
     assert_eq!(empty.allocate(1, 1).unwrap_err().kind(), ErrorKind::Exhausted);
@@ -192,12 +171,9 @@ fn nonsense_is_refused() {
 fn only_what_was_handed_out_can_be_freed() {
     let mut allocator = IovaAllocator::new(vec![range(0x1000, 0x4fff)]);
     let iova = allocator.allocate(0x2000, 0x1000).unwrap();
-    for (wrong, len) in [
-        (iova.get(), 0x1000),
-        (iova.get() + 0x1000, 0x1000),
-        (0x4000, 0x1000),
-        (0x9000, 0x1000),
-    ] {
+    for (wrong, len) in
+        [(iova.get(), 0x1000), (iova.get() + 0x1000, 0x1000), (0x4000, 0x1000), (0x9000, 0x1000)]
+    {
         allocator.free(Iova::new(wrong), len);
     }
     assert!(!allocator.reserve(iova, 0x1000), "still allocated");
@@ -226,8 +202,5 @@ fn a_restriction_names_what_stands_in_its_way() {
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("0x8000..=0x9fff"), "{error}");
     assert!(error.mend_text().is_some());
-    assert!(
-        allocator.reserve(Iova::new(0xa000), 0x1000),
-        "a refused restriction changes nothing"
-    );
+    assert!(allocator.reserve(Iova::new(0xa000), 0x1000), "a refused restriction changes nothing");
 }

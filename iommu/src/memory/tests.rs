@@ -27,18 +27,13 @@ fn load(region: &Region, offset: u64) -> u8 {
 }
 
 fn is_mapped(name: &str) -> bool {
-    fs::read_to_string("/proc/self/maps")
-        .unwrap()
-        .contains(&format!("/memfd:{name} "))
+    fs::read_to_string("/proc/self/maps").unwrap().contains(&format!("/memfd:{name} "))
 }
 
 fn refusal(result: Result<Arc<Region>>, kind: ErrorKind, mend: &str) {
     let error = result.unwrap_err();
     assert_eq!(error.kind(), kind, "{error}");
-    assert!(
-        error.mend_text().is_some_and(|text| text.contains(mend)),
-        "{error}"
-    );
+    assert!(error.mend_text().is_some_and(|text| text.contains(mend)), "{error}");
 }
 
 #[test]
@@ -86,10 +81,7 @@ fn a_small_region_is_whole_zeroed_pages() {
     store(&region, 0, 1);
     store(&region, 8191, 2);
     assert_eq!((load(&region, 0), load(&region, 8191)), (1, 2));
-    assert_eq!(
-        format!("{region:?}"),
-        format!("Region#{}(8 KiB of 4 KiB pages)", region.id().index())
-    );
+    assert_eq!(format!("{region:?}"), format!("Region#{}(8 KiB of 4 KiB pages)", region.id().index()));
     assert!(region.claim());
     assert!(!region.claim());
     assert!(!region.claim());
@@ -115,19 +107,12 @@ fn lengths_that_make_no_sense() {
         for size in [None, Some(PageSize::Size4K), Some(PageSize::Size1G)] {
             let mut builder = Region::builder(len);
             builder.page_size = size;
-            assert_eq!(
-                builder.build().unwrap_err().kind(),
-                ErrorKind::InvalidInput,
-                "{len} {size:?}"
-            );
+            assert_eq!(builder.build().unwrap_err().kind(), ErrorKind::InvalidInput, "{len} {size:?}");
         }
     }
     // Lengths that some machine may have one day, but not now.
     for len in [1 << 46, 1 << 62] {
-        let error = Region::builder(len)
-            .page_size(PageSize::Size4K)
-            .build()
-            .unwrap_err();
+        let error = Region::builder(len).page_size(PageSize::Size4K).build().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
         assert!(error.mend_text().is_some());
     }
@@ -158,10 +143,7 @@ fn the_memory_is_given_back_when_dropped_and_kept_when_leaked() {
     // SAFETY: as above, and nobody else knows of the place.
     assert_eq!(unsafe { place.read_volatile() }, 77);
     let others: Vec<_> = (0..100).map(|_| Region::builder(1).build().unwrap()).collect();
-    assert!(
-        others.iter().all(|other| other.id() != id),
-        "the number of a leaked region is in use for ever"
-    );
+    assert!(others.iter().all(|other| other.id() != id), "the number of a leaked region is in use for ever");
 }
 
 #[test]
@@ -186,15 +168,8 @@ fn no_two_regions_prefer_the_same_addresses() {
         .map(|region| (region.preferred_iova().unwrap().get(), region.len()))
         .collect();
     ranges.sort_unstable();
-    assert!(
-        ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0),
-        "{ranges:x?}"
-    );
-    assert!(
-        ranges
-            .iter()
-            .all(|&(start, len)| start >= 1 << 32 && start + len <= 1 << 38)
-    );
+    assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{ranges:x?}");
+    assert!(ranges.iter().all(|&(start, len)| start >= 1 << 32 && start + len <= 1 << 38));
 }
 
 #[test]
@@ -203,11 +178,7 @@ fn a_region_keeps_its_size() {
     let fd = region.fd().unwrap();
     assert_eq!(rustix::fs::ftruncate(fd, 4096), Err(Errno::PERM));
     assert_eq!(rustix::fs::ftruncate(fd, 17 * 4096), Err(Errno::PERM));
-    assert_eq!(
-        rustix::fs::fcntl_add_seals(fd, SealFlags::WRITE),
-        Err(Errno::PERM),
-        "no further seals"
-    );
+    assert_eq!(rustix::fs::fcntl_add_seals(fd, SealFlags::WRITE), Err(Errno::PERM), "no further seals");
 }
 
 #[test]
@@ -215,25 +186,15 @@ fn a_second_mapping_of_the_descriptor_is_the_same_memory() {
     for len in [4096, 3 * MIB] {
         let first = Region::builder(len).page_size(PageSize::Size4K).build().unwrap();
         let second = Region::from_fd(first.fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
-        assert_eq!(
-            (second.len(), second.page_size()),
-            (first.len(), first.page_size())
-        );
+        assert_eq!((second.len(), second.page_size()), (first.len(), first.page_size()));
         assert_ne!(second.as_ptr(), first.as_ptr());
         assert_ne!(second.id(), first.id());
-        assert_eq!(
-            second.as_ptr().addr().get() as u64 % alignment(len, PageSize::Size4K),
-            0
-        );
+        assert_eq!(second.as_ptr().addr().get() as u64 % alignment(len, PageSize::Size4K), 0);
         store(&first, len - 1, 5);
         assert_eq!(load(&second, len - 1), 5);
         drop(first);
         store(&second, 0, 6);
-        assert_eq!(
-            (load(&second, 0), load(&second, len - 1)),
-            (6, 5),
-            "outlives the first"
-        );
+        assert_eq!((load(&second, 0), load(&second, len - 1)), (6, 5), "outlives the first");
     }
 }
 
@@ -246,26 +207,10 @@ fn a_descriptor_of_memory_that_could_vanish_is_refused() {
         Region::from_fd(fd)
     };
     let shrink = SealFlags::SHRINK;
-    refusal(
-        memfd(4096, SealFlags::empty()),
-        ErrorKind::InvalidInput,
-        "F_SEAL_SHRINK",
-    );
-    refusal(
-        memfd(4096, SealFlags::GROW),
-        ErrorKind::InvalidInput,
-        "F_SEAL_SHRINK",
-    );
-    refusal(
-        memfd(4096, shrink | SealFlags::WRITE),
-        ErrorKind::InvalidInput,
-        "without that seal",
-    );
-    refusal(
-        memfd(4096, shrink | SealFlags::FUTURE_WRITE),
-        ErrorKind::InvalidInput,
-        "without that seal",
-    );
+    refusal(memfd(4096, SealFlags::empty()), ErrorKind::InvalidInput, "F_SEAL_SHRINK");
+    refusal(memfd(4096, SealFlags::GROW), ErrorKind::InvalidInput, "F_SEAL_SHRINK");
+    refusal(memfd(4096, shrink | SealFlags::WRITE), ErrorKind::InvalidInput, "without that seal");
+    refusal(memfd(4096, shrink | SealFlags::FUTURE_WRITE), ErrorKind::InvalidInput, "without that seal");
     refusal(memfd(0, shrink), ErrorKind::InvalidInput, "ftruncate");
     refusal(memfd(5000, shrink), ErrorKind::InvalidInput, "ftruncate");
     assert_eq!(memfd(8192, shrink).unwrap().len(), 8192);
@@ -276,28 +221,16 @@ fn a_descriptor_of_memory_that_could_vanish_is_refused() {
     fs::remove_file(&path).unwrap();
     refusal(Region::from_fd(file.into()), ErrorKind::InvalidInput, "SEAL");
     let device = fs::File::open("/dev/zero").unwrap();
-    refusal(
-        Region::from_fd(device.into()),
-        ErrorKind::InvalidInput,
-        "memfd_create",
-    );
+    refusal(Region::from_fd(device.into()), ErrorKind::InvalidInput, "memfd_create");
 }
 
 #[test]
 fn a_node_that_does_not_exist_is_refused() {
     for node in [999, u32::MAX] {
-        refusal(
-            Region::builder(1).numa_node(node).build(),
-            ErrorKind::NotFound,
-            "name one of those",
-        );
+        refusal(Region::builder(1).numa_node(node).build(), ErrorKind::NotFound, "name one of those");
     }
     if host::check_numa_node(0).is_ok() {
-        let region = Region::builder(3 * MIB)
-            .page_size(PageSize::Size4K)
-            .numa_node(0)
-            .build()
-            .unwrap();
+        let region = Region::builder(3 * MIB).page_size(PageSize::Size4K).numa_node(0).build().unwrap();
         store(&region, 0, 1);
     }
 }
@@ -356,20 +289,13 @@ fn doing_without_huge_pages_is_warned_of_once() {
 fn huge_pages_that_are_asked_for_are_had_or_refused() {
     for page_size in [PageSize::Size2M, PageSize::Size1G] {
         let len = page_size.bytes();
-        let region = match Region::builder(len - 4096)
-            .page_size(page_size)
-            .numa_node(0)
-            .build()
-        {
+        let region = match Region::builder(len - 4096).page_size(page_size).numa_node(0).build() {
             Ok(region) => region,
             Err(error) if error.kind() == ErrorKind::Unsupported => continue,
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
                 let mend = error.mend_text().unwrap();
-                assert!(
-                    mend.starts_with("run: echo ") && mend.ends_with("kB/nr_hugepages"),
-                    "{mend}"
-                );
+                assert!(mend.starts_with("run: echo ") && mend.ends_with("kB/nr_hugepages"), "{mend}");
                 continue;
             }
         };
@@ -388,11 +314,7 @@ fn huge_pages_that_are_asked_for_are_had_or_refused() {
 #[test]
 fn anonymous_huge_pages_are_had_or_refused() {
     let builder = Region::builder(5000).backing(Backing::AnonymousHuge);
-    refusal(
-        builder.clone().page_size(PageSize::Size4K).build(),
-        ErrorKind::Unsupported,
-        "Backing::Memfd",
-    );
+    refusal(builder.clone().page_size(PageSize::Size4K).build(), ErrorKind::Unsupported, "Backing::Memfd");
     match builder.build() {
         Ok(region) => {
             assert_eq!(region.len(), region.page_size().bytes());
@@ -409,12 +331,6 @@ fn anonymous_huge_pages_are_had_or_refused() {
             assert!(error.mend_text().unwrap().contains("/nr_hugepages"), "{error}");
         }
     }
-    let absurd = Region::builder(u64::MAX)
-        .backing(Backing::AnonymousHuge)
-        .build()
-        .unwrap_err();
-    assert!(
-        matches!(absurd.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported),
-        "{absurd}"
-    );
+    let absurd = Region::builder(u64::MAX).backing(Backing::AnonymousHuge).build().unwrap_err();
+    assert!(matches!(absurd.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported), "{absurd}");
 }

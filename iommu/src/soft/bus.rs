@@ -45,6 +45,7 @@ pub struct Bus {
     device: Arc<SoftDevice>,
     slot: Arc<Slot>,
     tlb: Tlb,
+    check_leases: bool,
     /// For copies under SVA.
     bounce: Vec<u8>,
 }
@@ -60,7 +61,8 @@ enum Place {
 impl Bus {
     pub(super) fn new(device: Arc<SoftDevice>) -> Self {
         let slot = device.add_slot();
-        Self { device, slot, tlb: Tlb::new(), bounce: Vec::new() }
+        let check_leases = device.check_leases();
+        Self { device, slot, tlb: Tlb::new(), check_leases, bounce: Vec::new() }
     }
 
     /// The device that this bus belongs to.
@@ -160,7 +162,7 @@ impl Bus {
         to: u64,
         most: u64,
     ) -> Result<u64, (u64, Access, FaultReason)> {
-        self.slot.enter();
+        self.slot.enter(&self.device.generation);
         let source = self.translate(pasid, from, most, Access::READ);
         let target = self.translate(pasid, to, most, Access::WRITE);
         let moved = match (source, target) {
@@ -279,7 +281,7 @@ impl Bus {
             let at = iova.get().wrapping_add(done);
             // No piece runs over the end of the 64-bit space.
             let most = (len - done).min(MAX_ACCESS).min(u64::MAX - at).max(1);
-            self.slot.enter();
+            self.slot.enter(&self.device.generation);
             let result = self.translate(pasid, at, most, access).map(|place| {
                 let piece = if let Place::Host { len, .. } = place { len.min(most) } else { most };
                 (piece, each(place, at, done, piece))
@@ -315,7 +317,7 @@ impl Bus {
         if !iova.is_aligned_to(8) {
             return Err(self.refuse(pasid, iova.get(), access, FaultReason::Misaligned, 0));
         }
-        self.slot.enter();
+        self.slot.enter(&self.device.generation);
         // An aligned word crosses no page, so what is translated holds all of it; a lease may end inside it.
         let result = match self.translate(pasid, iova.get(), 8, access) {
             Ok(Place::Host { len, .. }) if len < 8 => Err(FaultReason::NotLeased),
@@ -341,11 +343,10 @@ impl Bus {
         most: u64,
         access: Access,
     ) -> Result<Place, FaultReason> {
-        // Acquire: pairs with the Release in `SoftDevice::invalidate`. It is read inside the access, so that
-        // either it shows the unmap or the unmap waits for this access.
-        let generation = self.device.generation.load(Ordering::Acquire);
+        // Read inside the access: either it shows an unmap, or the unmap waits for this access.
+        let generation = self.device.generation.now();
         match self.tlb.lookup(generation, pasid, iova, access) {
-            Some(run) if !self.device.check_leases() => Ok(place(run, iova)),
+            Some(run) if !self.check_leases => Ok(place(run, iova)),
             _ => self.translate_by_tables(pasid, iova, most, access, generation),
         }
     }
@@ -401,7 +402,7 @@ impl Bus {
 impl Drop for Bus {
     fn drop(&mut self) {
         // A panic in the middle of an access must not make an unmap wait for ever.
-        self.slot.leave();
+        self.slot.exit();
         self.device.remove_slot(&self.slot);
     }
 }

@@ -7,10 +7,10 @@
 
 use std::fmt;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::guard::Slot;
+use super::guard::{Generation, Slot, Waiting};
 use super::{Bus, Context, SoftIommu};
 use crate::{Attachable, AttachableKind, FaultQueue, Pasid};
 
@@ -26,8 +26,7 @@ pub struct SoftDevice {
     pub(super) name: Arc<str>,
     pub(super) iommu: SoftIommu,
     pub(super) faults: FaultQueue,
-    /// Counts what makes cached translations void. Starts at 1: 0 marks an empty IOTLB entry.
-    pub(super) generation: AtomicU64,
+    pub(super) generation: Generation,
     rid: ContextCell,
     /// By the upper ten bits of the PASID; a leaf, once made, stays until the device is dropped.
     pasids: [AtomicPtr<[ContextCell; PASID_LEAF]>; PASID_LEAVES],
@@ -42,7 +41,7 @@ impl SoftDevice {
             name: name.into(),
             faults: FaultQueue::new(iommu.options.fault_records),
             iommu,
-            generation: AtomicU64::new(1),
+            generation: Generation::first(),
             rid: ContextCell::default(),
             pasids: [const { AtomicPtr::new(ptr::null_mut()) }; PASID_LEAVES],
             slots: Mutex::default(),
@@ -123,11 +122,9 @@ impl SoftDevice {
         self.slots().retain(|other| !Arc::ptr_eq(other, slot));
     }
 
-    /// Makes every cached translation void; returns the slots to wait for.
-    pub(super) fn invalidate(&self) -> Vec<Arc<Slot>> {
-        // Release: pairs with the Acquire in `Bus::translate`. Whoever sees the new number sees the cleared entries.
-        self.generation.fetch_add(1, Ordering::Release);
-        self.slots().clone()
+    /// Makes every cached translation void; returns what to wait for.
+    pub(super) fn invalidate(&self) -> Waiting {
+        (self.generation.begin_next(), self.slots().clone())
     }
 }
 

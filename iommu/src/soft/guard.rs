@@ -1,12 +1,15 @@
 //! How unmapping waits for DMA in flight, while DMA waits for nothing.
 //!
-//! Each bus has a [`Slot`]: a counter that is odd while the bus is inside an access. To take a translation
-//! away, one clears it, issues the heavy barrier and then waits for every slot that is odd to move on. Either the
-//! bus saw the cleared translation, or the waiter sees the bus inside: that is the store-buffering (Dekker)
-//! pattern, and it needs a full barrier on both sides. As accesses are many and unmaps few, the two sides are
-//! uneven where the kernel offers it: `membarrier(2)` with `PRIVATE_EXPEDITED` makes every running thread of the
-//! process execute a full barrier, so that the bus's own side is a compiler fence. Elsewhere (and under loom,
-//! which models this file) both sides are `fence(SeqCst)`.
+//! A device's translations have a [`Generation`], and each of its buses a [`Slot`]: 0 between accesses, and during one
+//! the generation that the bus saw when it began. To take a translation away, one clears it, begins a new
+//! generation, issues the heavy barrier and waits for every slot that holds an older one. Either the bus saw the
+//! cleared translation, or the waiter sees the bus inside: that is the store-buffering (Dekker) pattern, and
+//! it needs a full barrier on both sides. As accesses are many and unmaps few, the two sides are uneven where the
+//! kernel offers it: `membarrier(2)` with `PRIVATE_EXPEDITED` makes every running thread of the process execute a
+//! full barrier, so that the bus's own side is a compiler fence. Elsewhere (and under loom, which models this
+//! file) both sides are `fence(SeqCst)`.
+//!
+//! A bus never reads its own slot: an access is two independent stores, with no chain from one to the next.
 
 #[cfg(loom)]
 use loom::{
@@ -23,27 +26,49 @@ use std::sync::Arc;
 
 use crossbeam::utils::CachePadded;
 
+/// Counts what makes a device's cached translations void. Starts at 1, so that 0 can mean "none".
+#[derive(Debug)]
+pub(super) struct Generation(CachePadded<AtomicU64>);
+
+impl Generation {
+    pub(super) fn first() -> Self {
+        Self(CachePadded::new(AtomicU64::new(1)))
+    }
+
+    /// The present one. What was cleared before it began is seen as cleared. What a translation is compared with is to
+    /// be read inside the access.
+    #[inline]
+    pub(super) fn now(&self) -> u64 {
+        // Acquire: pairs with `begin_next`.
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Begins a new one, after translations were cleared; returns it.
+    pub(super) fn begin_next(&self) -> u64 {
+        // Release: pairs with `now`. AcqRel, as two unmaps may do it at once.
+        self.0.fetch_add(1, Ordering::AcqRel) + 1
+    }
+}
+
 /// One bus's sign that it is inside an access. Written by that bus alone.
 #[derive(Debug)]
 pub(super) struct Slot {
-    /// Odd: inside.
-    count: CachePadded<AtomicU64>,
+    /// 0, or the generation at the beginning of the access.
+    inside: CachePadded<AtomicU64>,
     /// `membarrier` does the waiter's and the bus's barrier.
     asymmetric: bool,
 }
 
 impl Slot {
     pub(super) fn new() -> Self {
-        Self { count: CachePadded::new(AtomicU64::new(0)), asymmetric: barrier::asymmetric() }
+        Self { inside: CachePadded::new(AtomicU64::new(0)), asymmetric: barrier::asymmetric() }
     }
 
     /// Begins an access. What is translated until [`exit`](Self::exit) stays valid until then.
     #[inline]
-    pub(super) fn enter(&self) {
-        let count = self.count.load(Ordering::Relaxed);
-        debug_assert!(count.is_multiple_of(2), "a bus does one access at a time");
+    pub(super) fn enter(&self, generation: &Generation) {
         // Release: a waiter that finds the bus in its next access already must still see the one before as over.
-        self.count.store(count + 1, Ordering::Release);
+        self.inside.store(generation.now(), Ordering::Release);
         // Pairs with the heavy barrier in `wait_for`.
         if self.asymmetric {
             std::sync::atomic::compiler_fence(Ordering::SeqCst);
@@ -52,54 +77,58 @@ impl Slot {
         }
     }
 
-    /// Ends an access.
+    /// Ends the access, if one is under way.
     #[inline]
     pub(super) fn exit(&self) {
-        let count = self.count.load(Ordering::Relaxed);
         // Release: pairs with the Acquire in `wait_for`; the access happens before the waiter goes on.
-        self.count.store(count + 1, Ordering::Release);
-    }
-
-    /// Ends the access that is under way, if one is.
-    pub(super) fn leave(&self) {
-        if !self.count.load(Ordering::Relaxed).is_multiple_of(2) {
-            self.exit();
-        }
+        self.inside.store(0, Ordering::Release);
     }
 }
 
-/// Returns once every access that could have seen a translation cleared before this call is over.
-pub(super) fn wait_for(slots: &[Arc<Slot>]) {
+/// Slots of one device, and the generation from which on an access can not see what was cleared.
+pub(super) type Waiting = (u64, Vec<Arc<Slot>>);
+
+/// Returns once every access that could have seen a translation cleared before its generation is over.
+pub(super) fn wait_for(devices: &[Waiting]) {
     barrier::heavy();
-    for slot in slots {
-        let seen = slot.count.load(Ordering::Acquire);
-        if seen.is_multiple_of(2) {
-            continue;
-        }
-        // An access covers at most 64 KiB of data and waits for nothing, so this is short: but its thread may
-        // not be running, so give way.
-        while slot.count.load(Ordering::Acquire) == seen {
-            yield_now();
+    for (generation, slots) in devices {
+        for slot in slots {
+            // An access covers at most 64 KiB of data and waits for nothing, so this is short: but its thread may
+            // not be running, so give way.
+            loop {
+                let inside = slot.inside.load(Ordering::Acquire);
+                if inside == 0 || inside >= *generation {
+                    break;
+                }
+                yield_now();
+            }
         }
     }
 }
 
 #[cfg(not(loom))]
 mod barrier {
-    use std::sync::LazyLock;
-    use std::sync::atomic::{Ordering, fence};
+    use std::sync::atomic::{AtomicU8, Ordering, fence};
 
-    /// Whether the process is registered for expedited barriers: asked once, before the first slot exists.
-    static REGISTERED: LazyLock<bool> =
-        LazyLock::new(|| membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED).is_ok());
+    const UNKNOWN: u8 = 0;
+    const REFUSED: u8 = 1;
+    const REGISTERED: u8 = 2;
+
+    /// Whether the process is registered for expedited barriers. Asked before the first slot exists; asking twice
+    /// at once does no harm, and the answer never changes.
+    static STATE: AtomicU8 = AtomicU8::new(UNKNOWN);
 
     pub(super) fn asymmetric() -> bool {
-        *REGISTERED
+        if STATE.load(Ordering::Acquire) == UNKNOWN {
+            let registered = membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED).is_ok();
+            STATE.store(if registered { REGISTERED } else { REFUSED }, Ordering::Release);
+        }
+        STATE.load(Ordering::Acquire) == REGISTERED
     }
 
     pub(super) fn heavy() {
         fence(Ordering::SeqCst);
-        if *REGISTERED {
+        if STATE.load(Ordering::Acquire) == REGISTERED {
             // Once registered it fails only for lack of kernel memory. The buses have no barrier of their own
             // then, and going on could free memory under a device.
             while membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED).is_err() {
@@ -131,21 +160,26 @@ mod loom_tests {
     use super::*;
     use loom::cell::UnsafeCell;
 
-    /// A bus that uses a page if it is mapped, against an unmap that frees the page afterwards. Loom fails if in any
-    /// interleaving the page is used while or after it is freed.
+    /// A bus that uses a page if it is mapped or cached, against an unmap that frees the page afterwards. Loom fails if
+    /// in any interleaving the page is used while or after it is freed.
     #[test]
     fn loom_unmap_waits_for_the_access_in_flight() {
         loom::model(|| {
             let slot = Arc::new(Slot::new());
+            let generation = loom::sync::Arc::new(Generation::first());
             let entry = loom::sync::Arc::new(AtomicU64::new(1));
             let page = loom::sync::Arc::new(UnsafeCell::new(0_u64));
 
             let bus = {
-                let (slot, entry, page) = (slot.clone(), entry.clone(), page.clone());
+                let (slot, generation) = (slot.clone(), generation.clone());
+                let (entry, page) = (entry.clone(), page.clone());
                 loom::thread::spawn(move || {
+                    let mut cached = 0;
                     for _ in 0..2 {
-                        slot.enter();
-                        if entry.load(Ordering::Acquire) != 0 {
+                        slot.enter(&generation);
+                        let now = generation.now();
+                        if cached == now || entry.load(Ordering::Acquire) != 0 {
+                            cached = now;
                             // SAFETY: loom checks that no other access is concurrent.
                             page.with_mut(|p| unsafe { *p += 1 });
                         }
@@ -155,7 +189,8 @@ mod loom_tests {
             };
 
             entry.store(0, Ordering::Release);
-            wait_for(&[slot]);
+            let next = generation.begin_next();
+            wait_for(&[(next, vec![slot])]);
             // SAFETY: loom checks that no other access is concurrent.
             page.with_mut(|p| unsafe { *p = u64::MAX });
             bus.join().unwrap();

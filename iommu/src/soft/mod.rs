@@ -52,7 +52,6 @@ use crate::{
     IoasOps, IommuBackend, Iova, IovaRange, Leases, PageSize, PageSizes, Pasid, Region, Result, SvaToken,
     Vendor,
 };
-use guard::Slot;
 use leases::LeaseList;
 use table::Table;
 
@@ -161,8 +160,8 @@ impl Domain {
 
     /// Returns once no access can use what was taken out of the tables or leases before this call.
     fn invalidate(&self) {
-        let slots: Vec<Arc<Slot>> = self.devices().iter().flat_map(|device| device.invalidate()).collect();
-        guard::wait_for(&slots);
+        let waiting: Vec<_> = self.devices().iter().map(|device| device.invalidate()).collect();
+        guard::wait_for(&waiting);
     }
 }
 
@@ -321,7 +320,7 @@ impl Drop for SoftAttachment {
         let _lock = self.device.attach_lock();
         let cell = self.device.cell_or_new(self.pasid);
         let context = cell.0.swap(ptr::null_mut(), Ordering::AcqRel);
-        guard::wait_for(&self.device.invalidate());
+        guard::wait_for(&[self.device.invalidate()]);
         // SAFETY: it came from Arc::into_raw in `new`, was taken out of its cell, and every access that could
         // have seen it is over.
         drop(unsafe { Arc::from_raw(context) });

@@ -166,6 +166,8 @@ impl Core {
         if matches!(self.work, Work::Nothing)
             && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
         {
+            // The last step may have used up its budget with its last descriptor.
+            self.activity().idle();
             return false;
         }
         let may_work = self.device.functions().bus_master;

@@ -1,0 +1,85 @@
+//! `underpass demo`: a few runs of `copy` on a software device, one line each.
+
+use clap::Parser;
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::copy::{self, report};
+use crate::interrupt::Stop;
+
+/// Show jobs on a software DSA with two queues, each with a PASID of its own: a few seconds, no privileges
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print the results as one JSON object: {"demo": [...]}
+    #[arg(long)]
+    json: bool,
+}
+
+/// The runs, as options of `underpass copy`. The first one also shows the isolation.
+const RUNS: [&[&str]; 5] = [
+    &["--op", "copy", "--size", "4KiB", "--batch", "32", "--show-isolation"],
+    &["--op", "copy", "--size", "64KiB"],
+    &["--op", "copy", "--size", "1MiB"],
+    &["--op", "fill", "--size", "64KiB"],
+    &["--op", "crc", "--size", "64KiB"],
+];
+
+const NEXT: &str = "\
+GiB/s are the device's; ratio is its speed relative to memcpy over the same buffers, on the same core.
+
+What to try next:
+  underpass copy --op dif-insert --size 64k --queues 4     another operation on four queues
+  underpass copy --input FILE --output COPY                send a file through the device
+  underpass copy --device cpu                              the same program without a device
+  underpass copy --show-isolation --json                   the same as JSON
+";
+
+#[derive(Debug, Serialize)]
+struct Demo {
+    demo: Vec<report::Report>,
+}
+
+/// `copy`'s options, to be parsed on their own.
+#[derive(Debug, Parser)]
+struct Run {
+    #[command(flatten)]
+    args: copy::Args,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let stop = Stop::install()?;
+    let bar = ProgressBar::new(RUNS.len() as u64);
+    let mut demo = Vec::with_capacity(RUNS.len());
+    for run in RUNS {
+        if stop.asked() {
+            break;
+        }
+        let options = ["copy", "--queues", "2", "--seconds", "1"];
+        let run = Run::try_parse_from(options.iter().chain(run))?.args;
+        bar.set_message(run.op.name());
+        demo.push(copy::measure(&run, &stop, &ProgressBar::hidden())?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    for report in &demo {
+        copy::judge(report)?;
+    }
+    if args.json {
+        return crate::print(&format!("{}\n", serde_json::to_string(&Demo { demo })?));
+    }
+    let notes: String = demo.iter().map(report::Report::notes).collect();
+    crate::print(&format!("{}\n{notes}\n{NEXT}", report::table(&demo)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_runs_are_valid_options() {
+        for run in RUNS {
+            Run::try_parse_from(["copy"].iter().chain(run)).expect("valid options");
+        }
+    }
+}
