@@ -163,10 +163,8 @@ impl Core {
 
     /// Works until the budget is used up or there is nothing to do. Returns whether there was anything.
     fn step(&mut self) -> bool {
-        if matches!(self.work, Work::Nothing)
-            && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
-        {
-            // The last step may have used up its budget with its last descriptor.
+        if matches!(self.work, Work::Nothing) && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty()) {
+            // The last step may have ended with its budget, right behind a descriptor: it was not idle then.
             self.activity().idle();
             return false;
         }
