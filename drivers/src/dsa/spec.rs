@@ -18,10 +18,7 @@ pub use descriptor::*;
 pub use registers::*;
 pub use tables::*;
 
-const _: () = assert!(
-    cfg!(target_endian = "little"),
-    "descriptors are written in the CPU's byte order"
-);
+const _: () = assert!(cfg!(target_endian = "little"), "descriptors are written in the CPU's byte order");
 
 /// PCI vendor id.
 pub const VENDOR_ID: u16 = 0x8086;

@@ -12,7 +12,9 @@ use super::command;
 use super::device::{Device, Snapshot};
 use super::execute::{Job, Outcome, Progress, Scratch};
 use super::queue::Settings;
-use super::spec::{CompletionRecord, Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag};
+use super::spec::{
+    CompletionRecord, Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag,
+};
 
 /// What one step may do, in bytes of data.
 const STEP_BUDGET: usize = 256 * 1024;
@@ -161,7 +163,9 @@ impl Core {
 
     /// Works until the budget is used up or there is nothing to do. Returns whether there was anything.
     fn step(&mut self) -> bool {
-        if matches!(self.work, Work::Nothing) && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty()) {
+        if matches!(self.work, Work::Nothing)
+            && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
+        {
             return false;
         }
         let may_work = self.device.functions().bus_master;
