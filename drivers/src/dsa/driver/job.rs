@@ -10,7 +10,7 @@ use crate::dsa::spec::{
     CompletionRecord, DELTA_ENTRY, DELTA_MIN_SIZE, Descriptor, DifControl, DifDestinationFlags,
     DifSourceFlags, DifTags, GenCap, Handshake, Opcode, Status, compare_result, delta_result, dif_result,
 };
-use crate::shape::{completable, transfer_size};
+use crate::shape::transfer_size;
 
 /// The operations of a device with these capabilities.
 pub(super) fn supported(operations: [u64; 4], general: GenCap) -> Ops {
@@ -240,7 +240,16 @@ pub(super) const DONE: Outcome =
 pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
     handshake.status() == Status::SUCCESS.0
         && !has_result(op)
-        && handshake.completed() as usize <= transfer_size(op)
+        && handshake.completed() as usize <= most_completed(op)
+}
+
+/// The most that an answer to `op` can have as bytes completed, which are the source's.
+#[inline]
+fn most_completed(op: &Op) -> usize {
+    match op {
+        Op::ApplyDelta { delta_len, .. } => *delta_len,
+        _ => transfer_size(op),
+    }
 }
 
 const fn has_result(op: &Op) -> bool {
@@ -265,12 +274,12 @@ pub(super) fn judge(
     // Relaxed: the Acquire of the handshake word ordered it. Each word is read once at most.
     let word = |offset| records.word(index, offset).load(Ordering::Relaxed);
     let status = Status(handshake.status());
-    let completed = handshake.completed();
-    if completed as usize > completable(op) {
+    let (size, completed) = (transfer_size(op), handshake.completed());
+    if completed as usize > most_completed(op) {
         return lied("it completed more bytes than the job has");
     }
     match status.code() {
-        Status::SUCCESS if !status.is_write() => succeeded(op, handshake, transfer_size(op), word),
+        Status::SUCCESS if !status.is_write() => succeeded(op, handshake, size, word),
         Status::PAGE_FAULT => Err(JobError::PageFault {
             iova: Iova::new(word(FAULT_ADDRESS)),
             access: if status.is_write() { Access::WRITE } else { Access::READ },
@@ -346,12 +355,10 @@ fn succeeded(
 /// job is number `index` in it.
 #[cold]
 pub(super) fn without_status(batch: Handshake, index: u32) -> JobError {
-    if batch.status() == 0 {
-        // The queue was stopped before the batch was done.
-        return JobError::Reset;
-    }
     let status = Status(batch.status()).code();
     match status {
+        // The queue was stopped before the batch was done.
+        Status::NONE => JobError::Reset,
         Status::BATCH_FAILED if index >= batch.completed() => JobError::Abandoned,
         Status::BATCH_FAILED | Status::SUCCESS => {
             JobError::Lied { why: "the batch is done, but this job of it has no status" }
