@@ -152,7 +152,7 @@ fn every_error_of_the_enabling_commands() {
     assert_eq!(wq_error(1, &set(1, 2, mode(1 << 4))), 0x26, "a shared queue needs PASIDs");
     assert_eq!(wq_error(0, &set(0, 2, mode(1 | 1 << 4 | 1 << 29))), 0x26, "privilege is off");
     assert_eq!(wq_error(0, &set(0, 2, 1 | 1 << 4)), 0, "a dedicated one does not");
-    assert_eq!(wq_error(0, &set(0, 3, 21 | 11 << 5)), 0x27);
+    assert_eq!(wq_error(0, &set(0, 3, 0x15 | 11 << 5)), 0x27);
     let small = Rig::disabled(DsaProfile { max_transfer_shift: 20, ..DsaProfile::default() });
     small.configure();
     assert_eq!((small.command(1, 0), small.command(6, 0)), (0, 0x28));
@@ -442,7 +442,7 @@ fn protects_checks_and_strips_blocks() {
             .u8(42, code)
             .u32(56, 100)
             .u16(62, 0x1000);
-        let next = 0x1000_u64 + 40 << 48 | 140;
+        let next = (0x1000_u64 + 40) << 48 | 0x8c;
         assert_eq!(rig.run(insert), Record { specific: [0, next], ..success(plain) });
         let tuple = &rig.memory[DST + (block + 8) * 3 + block..][..8];
         assert_eq!(tuple[2..], [0x10, 0x03, 0, 0, 0, 103], "tags of the fourth block, big-endian");
@@ -495,7 +495,9 @@ fn flushes_lines_and_drains_a_queue() {
     let big = rig.with_record(mov(&rig, SRC, DST, 1 << 20), 0);
     let drains = [1, 2].map(|n| rig.with_record(Raw::new(2, RECORD), n));
     rig.post(0, &big);
-    drains.iter().for_each(|drain| rig.post(0, drain));
+    for drain in &drains {
+        rig.post(0, drain);
+    }
     let mut waited = false;
     while rig.device.step() {
         let (moved, drained) = (rig.record(0).status, rig.record(1).status);

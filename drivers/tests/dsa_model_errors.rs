@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use raw::{CMD, GENCTRL, INTCAUSE, NOWHERE, RECORD, RECORDS, Raw, Record, Rig, SWERR};
+use underpass::pci::Run;
 use underpass_drivers::dsa::model::DsaProfile;
 
 const SRC: usize = 0x10_0000;
@@ -442,9 +443,9 @@ fn eight_ascending_stores_make_a_descriptor() {
     let raw = rig.with_record(Raw::new(NOOP, RECORD), 0);
     let words: Vec<u64> = raw.0.chunks(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect();
     // Two descriptors at once, in two slots.
-    for n in 0..8 {
-        rig.portals.write64(0x40 + 8 * n as u64, words[n]);
-        rig.portals.write64(0x80 + 8 * n as u64, words[n]);
+    for (at, word) in (0..).step_by(8).zip(&words) {
+        rig.portals.write64(0x40 + at, *word);
+        rig.portals.write64(0x80 + at, *word);
     }
     rig.step_all();
     assert_eq!((rig.record(0).status, rig.take_swerr()), (1, None));
@@ -477,6 +478,46 @@ fn queues_with_higher_priority_get_more_turns() {
     }
     let other = done(&rig, 1);
     assert!((8..=12).contains(&other), "30 of the one, {other} of the other");
+}
+
+#[test]
+fn a_drain_sees_everything_that_threads_submitted_before_it() {
+    const EACH: usize = 300;
+    let rig = Rig::disabled_and_run_by(DsaProfile::default(), Run::Threads { cores: Vec::new() });
+    rig.configure();
+    assert_eq!((rig.command(1, 0), rig.command(6, 0), rig.command(6, 1)), (0, 0, 0));
+    // Each job fills words of its own, in several pages, so that the engines end them in another order.
+    let fill = |n: usize, value: u64| {
+        let len = if n.is_multiple_of(7) { 64 } else { 8 };
+        Raw::new(4, 0).u32(0, rig.pasid).u64(16, value).u64(24, rig.at(DST + 64 * n)).u32(32, len)
+    };
+    for round in 1..=20_u64 {
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (fill, portals) = (&fill, &rig.portals);
+                scope.spawn(move || {
+                    for n in 0..EACH {
+                        while !portals.enqueue64(0x4000, &fill(thread * EACH + n, round).0).unwrap() {
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+        });
+        rig.start(if round % 2 == 0 { 3 } else { 7 }, if round % 2 == 0 { 0 } else { 2 });
+        while rig.regs.read32(raw::CMDSTS) >> 31 == 1 {
+            std::thread::yield_now();
+        }
+        for n in 0..3 * EACH {
+            let word = &rig.memory[DST + 64 * n..][..8];
+            assert_eq!(word, round.to_le_bytes(), "job {n} of round {round}");
+        }
+        if round % 2 == 1 {
+            rig.regs.write32(CMD, 6 << 20 | 1);
+            assert_eq!(rig.regs.read32(raw::CMDSTS), 0);
+        }
+    }
+    assert_eq!(rig.take_swerr(), None);
 }
 
 // Anything at all
@@ -535,12 +576,18 @@ fn touch() -> impl Strategy<Value = Touch> {
 
 /// Descriptors whose small addresses are offsets in the rig's memory.
 fn relocate(rig: &Rig, raw: &[u8]) -> [u8; 64] {
-    let mut bytes: [u8; 64] = raw.try_into().unwrap();
-    for at in [8, 16, 24, 40] {
-        let value = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-        if (1..END as u64).contains(&value) {
-            bytes[at..at + 8].copy_from_slice(&(rig.base + value).to_le_bytes());
+    let mut words = [0; 8];
+    for (word, bytes) in words.iter_mut().zip(raw.as_chunks().0) {
+        *word = u64::from_le_bytes(*bytes);
+    }
+    for at in [1, 2, 3, 5] {
+        if (1..END as u64).contains(&words[at]) {
+            words[at] += rig.base;
         }
+    }
+    let mut bytes = [0; 64];
+    for (bytes, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+        *bytes = word.to_le_bytes();
     }
     bytes
 }

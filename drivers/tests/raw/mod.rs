@@ -116,10 +116,13 @@ impl Rig {
 
     /// A device as it is after a reset.
     pub(crate) fn disabled(profile: DsaProfile) -> Self {
+        Self::disabled_and_run_by(profile, Run::Stepped)
+    }
+
+    pub(crate) fn disabled_and_run_by(profile: DsaProfile, run: Run) -> Self {
         let iommu = SoftIommu::new(SoftOptions::default());
         let device =
-            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, Run::Stepped)
-                .unwrap();
+            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, run).unwrap();
         device.set_bus_master(true).unwrap();
         let pasid = Pasid::new(7).unwrap();
         let ioas = iommu.alloc_ioas().unwrap();
@@ -162,7 +165,7 @@ impl Rig {
             self.regs.write32(self.wqcfg(wq, 0), 16);
             self.regs.write32(self.wqcfg(wq, 1), 8);
             self.regs.write32(self.wqcfg(wq, 2), dedicated | 1 << 4 | self.pasid << 8 | 1 << 28);
-            self.regs.write32(self.wqcfg(wq, 3), 21 | 5 << 5);
+            self.regs.write32(self.wqcfg(wq, 3), 0x15 | 5 << 5);
         }
         for vector in 0..9 {
             self.regs.write32(0x200 + 8 * vector, 1 << 3 | self.pasid << 12);
