@@ -1,5 +1,11 @@
 //! The `underpass` command: one module an application. Each of them is also meant to be copied from.
 
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "rates and ratios, shown with a few digits and never negative"
+)]
+
 mod copy;
 mod crc32c;
 mod demo;

@@ -40,7 +40,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in [("4096", 4096), ("4k", 4096), ("64KiB", 65536), ("1M", 1 << 20), ("2 GiB", 2 << 30)]
+        for (text, bytes) in
+            [("4096", 4096), ("4k", 4096), ("64KiB", 65536), ("1M", 1 << 20), ("2 GiB", 2 << 30)]
         {
             assert_eq!(parse(text), Ok(bytes), "{text}");
         }

@@ -131,7 +131,7 @@ fn bad_input_is_one_line_and_the_right_status() {
         ("--batch 100000 ", 1, "--batch"),
         ("--core 4095", 1, "4095"),
         ("--device soft:dsa,core=4095", 1, "4095"),
-        ("--working-set 64T --size 1G", 1, "64 TiB"),
+        ("--working-set 64T --size 1G", 1, "available"),
         ("--device cpu --show-isolation", 1, "PASID"),
     ] {
         let args: Vec<_> = ["copy", "--json"].into_iter().chain(args.split_whitespace()).collect();
@@ -151,7 +151,8 @@ fn bad_input_is_one_line_and_the_right_status() {
 
 #[test]
 fn the_json_object_keeps_its_contract() {
-    let report = copy(&["--queues", "2", "--size", "16k", "--batch", "4", "--working-set", "8M", "--seconds", "0.1"]);
+    let report =
+        copy(&["--queues", "2", "--size", "16k", "--batch", "4", "--working-set", "8M", "--seconds", "0.1"]);
     let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"));
     assert_eq!(report["device"], "soft:dsa");
     assert_eq!(report["op"], "copy");
@@ -166,7 +167,7 @@ fn the_json_object_keeps_its_contract() {
     assert!(number("seconds") > 0.0 && number("memcpy_gib_per_second") > 0.0);
     let speed = number("bytes") / number("seconds") / f64::from(1 << 30);
     assert!((number("gib_per_second") / speed - 1.0).abs() < 1e-6);
-    assert!((number("jobs_per_second") * number("seconds") / jobs as f64 - 1.0).abs() < 1e-6);
+    assert!((number("jobs_per_second") * number("seconds") / number("jobs") - 1.0).abs() < 1e-6);
     let ratio = &report["ratio_to_memcpy"];
     assert!(ratio.is_null() || ratio.as_f64() > Some(0.0), "{ratio}");
     let queues = report["queues"].as_array().expect("an array");
@@ -190,7 +191,16 @@ fn it_does_as_many_jobs_as_asked() {
     for (jobs, batch, queues) in [(1, "1", "1"), (30, "8", "1"), (997, "32", "2"), (4, "1", "3")] {
         let count = jobs.to_string();
         let report = copy(&[
-            "--jobs", &count, "--batch", batch, "--queues", queues, "--size", "4k", "--working-set", "1M",
+            "--jobs",
+            &count,
+            "--batch",
+            batch,
+            "--queues",
+            queues,
+            "--size",
+            "4k",
+            "--working-set",
+            "1M",
         ]);
         assert_eq!(report["jobs"], jobs, "{report}");
         assert_eq!(report["bytes"], jobs * 4096);
@@ -202,10 +212,22 @@ fn every_operation_leaves_what_the_cpu_computed() {
     let ops = "nop copy copy-within fill compare compare-pattern create-delta apply-delta dualcast crc copy-crc \
                dif-check dif-insert dif-strip dif-update cache-flush";
     for device in ["cpu", "soft:dsa,check=leases"] {
-        for op in ops.split_whitespace() {
+        for op in ops.split_whitespace().filter(|op| device != "cpu" || *op != "cache-flush") {
             let report = copy(&[
-                "--device", device, "--op", op, "--size", "4k", "--batch", "3", "--jobs", "40", "--working-set",
-                "256k", "--queues", "2",
+                "--device",
+                device,
+                "--op",
+                op,
+                "--size",
+                "4k",
+                "--batch",
+                "3",
+                "--jobs",
+                "40",
+                "--working-set",
+                "256k",
+                "--queues",
+                "2",
             ]);
             assert_eq!(report["op"], op);
             assert_eq!(report["verified"], true, "{report}");
@@ -221,7 +243,8 @@ fn every_operation_leaves_what_the_cpu_computed() {
 
 #[test]
 fn odd_sizes_and_the_smallest_working_set() {
-    for (op, size) in [("copy", "1"), ("copy-crc", "4097"), ("fill", "13"), ("dualcast", "100"), ("crc", "1")] {
+    for (op, size) in [("copy", "1"), ("copy-crc", "4097"), ("fill", "13"), ("dualcast", "100"), ("crc", "1")]
+    {
         let report = copy(&["--op", op, "--size", size, "--jobs", "50", "--working-set", "16k"]);
         assert_eq!(report["verified"], true, "{report}");
     }
@@ -279,7 +302,8 @@ fn a_file_goes_through_unharmed() {
 #[test]
 fn a_file_that_can_not_be_sent_leaves_nothing_behind() {
     let scratch = Scratch::new("refused");
-    let (input, output, directory) = (scratch.path("input"), scratch.path("output"), scratch.path("directory"));
+    let (input, output, directory) =
+        (scratch.path("input"), scratch.path("output"), scratch.path("directory"));
     fs::write(&input, b"data").expect("an input");
     fs::write(&output, b"before").expect("an output");
     fs::create_dir(&directory).expect("a directory");
@@ -317,7 +341,8 @@ fn one_queue_can_not_reach_the_others_memory() {
     let output = underpass(&args);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    for words in ["driver refuses", "not mapped for this queue", "device reports", "fault record", "IOVA 0x"] {
+    for words in ["driver refuses", "not mapped for this queue", "device reports", "fault record", "IOVA 0x"]
+    {
         assert!(shown.contains(words), "{words:?} is missing in {shown}");
     }
     let report = copy(&args[1..]);
@@ -338,7 +363,7 @@ fn ctrl_c_stops_and_still_tells_what_was_done() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("the command starts");
-    thread::sleep(Duration::from_millis(1000));
+    thread::sleep(Duration::from_secs(1));
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
     assert!(killed.success());
     let began = Instant::now();

@@ -213,7 +213,9 @@ fn modify(original: &[u8]) -> Vec<u8> {
 fn delta(original: &[u8], modified: &[u8]) -> Vec<u8> {
     let units = original.chunks_exact(8).zip(modified.chunks_exact(8)).enumerate();
     let changed = units.filter(|(_, (old, new))| old != new);
-    changed.flat_map(|(index, (_, new))| (index as u16).to_le_bytes().into_iter().chain(new.iter().copied())).collect()
+    changed
+        .flat_map(|(index, (_, new))| (index as u16).to_le_bytes().into_iter().chain(new.iter().copied()))
+        .collect()
 }
 
 /// Each block with its protection information behind it: guard, application tag, reference tag, big-endian.

@@ -55,7 +55,10 @@ impl fmt::Display for Isolation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { owner_pasid, intruder_pasid, iova, driver_refused, device_reported, fault } = self;
         let pasid = fault.pasid.map_or_else(|| "none".to_owned(), |pasid| pasid.to_string());
-        writeln!(f, "Isolation: queue 0 (PASID {owner_pasid}) has a buffer at IOVA {iova}, and can read it.")?;
+        writeln!(
+            f,
+            "Isolation: queue 0 (PASID {owner_pasid}) has a buffer at IOVA {iova}, and can read it."
+        )?;
         writeln!(f, "  queue 1 (PASID {intruder_pasid}) submits it: the driver refuses: {driver_refused}")?;
         writeln!(f, "  queue 1 probes its address: the device reports: {device_reported}")?;
         write!(
@@ -77,9 +80,8 @@ pub(crate) fn show(
     intruder: &mut dyn Channel,
 ) -> Result<Isolation> {
     let name = device.name().to_owned();
-    let failed = |kind, why: String| {
-        Error::new(kind, "show that its queues are isolated", why).device(name.clone())
-    };
+    let failed =
+        |kind, why: String| Error::new(kind, "show that its queues are isolated", why).device(name.clone());
     let (Some(owner_pasid), Some(intruder_pasid)) = (owner.pasid(), intruder.pasid()) else {
         let why = "its queues have no PASID, so they share one address space";
         return Err(failed(ErrorKind::Unsupported, why.into()).mend("try --device soft:dsa"));
@@ -115,8 +117,8 @@ pub(crate) fn show(
             return Err(failed(ErrorKind::Device, format!("queue 1 READ queue 0's buffer at {iova}")));
         }
     };
-    let fault = next_fault(device)
-        .ok_or_else(|| failed(ErrorKind::Device, "the IOMMU recorded no fault".into()))?;
+    let fault =
+        next_fault(device).ok_or_else(|| failed(ErrorKind::Device, "the IOMMU recorded no fault".into()))?;
     if fault.pasid != Some(intruder_pasid) {
         return Err(failed(ErrorKind::Device, format!("the fault names another queue: {fault}")));
     }
@@ -133,7 +135,8 @@ pub(crate) fn show(
 
 /// Has the queue read at `iova`, and waits for the end of it.
 fn probe(channel: &mut dyn Channel, iova: Iova, device: &str) -> Result<Done> {
-    let failed = |why: String| Error::new(ErrorKind::Device, "probe an address", why).device(device.to_owned());
+    let failed =
+        |why: String| Error::new(ErrorKind::Device, "probe an address", why).device(device.to_owned());
     channel
         .submit(Job::new(Op::Probe { iova, len: 64 }))
         .map_err(|rejected| failed(rejected.why.to_string()))?;

@@ -149,7 +149,7 @@ impl Lane {
 }
 
 fn seed_of(lane: u64, slot: usize) -> u64 {
-    lane << 40 | slot as u64 + 1
+    (lane << 40) + slot as u64 + 1
 }
 
 #[inline]
@@ -178,11 +178,16 @@ fn strides(shape: &Shape) -> Vec<usize> {
 /// Whether memcpy needs a buffer that is not the job's. A no-op has none to copy between; it gets one so that
 /// a lane always has memory.
 fn has_spare(kind: OpKind) -> bool {
-    match kind {
-        OpKind::Copy | OpKind::Compare | OpKind::Dualcast | OpKind::CopyCrc => false,
-        OpKind::DifInsert | OpKind::DifStrip | OpKind::DifUpdate => false,
-        _ => true,
-    }
+    !matches!(
+        kind,
+        OpKind::Copy
+            | OpKind::Compare
+            | OpKind::Dualcast
+            | OpKind::CopyCrc
+            | OpKind::DifInsert
+            | OpKind::DifStrip
+            | OpKind::DifUpdate
+    )
 }
 
 /// Cuts `memory` into the buffers of `count` jobs: first all first ones, then all second ones, and so on.

@@ -3,6 +3,9 @@
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
+use super::args::Args;
+use super::device::Opened;
+use super::expect::Shape;
 use super::isolation::Isolation;
 use crate::size;
 
@@ -52,6 +55,48 @@ pub(crate) struct QueueReport {
 }
 
 impl Report {
+    /// A report of jobs that took so long; what else there is to say is filled in later.
+    pub(crate) fn new(
+        args: &Args,
+        opened: &Opened,
+        shape: &Shape,
+        seconds: f64,
+        queues: Vec<QueueReport>,
+    ) -> Self {
+        let jobs = queues.iter().map(|queue| queue.jobs).sum();
+        let mut report = Self {
+            device: args.device.clone(),
+            op: shape.kind.name(),
+            bytes_per_job: shape.bytes(),
+            batch: args.batch,
+            depth: opened.depth,
+            jobs,
+            bytes: 0,
+            seconds,
+            gib_per_second: 0.0,
+            jobs_per_second: if jobs == 0 { 0.0 } else { jobs as f64 / seconds },
+            memcpy_gib_per_second: None,
+            ratio_to_memcpy: None,
+            verified: false,
+            failed: 0,
+            queues,
+            driver: opened.device.driver(),
+            working_set: 0,
+            memcpy_to_memcpy: None,
+            turns: 0,
+            crc32c: None,
+            isolation: None,
+        };
+        report.set_bytes(jobs * shape.bytes());
+        report
+    }
+
+    /// Corrects the bytes of all jobs together, where not all of them are full.
+    pub(crate) fn set_bytes(&mut self, bytes: u64) {
+        self.bytes = bytes;
+        self.gib_per_second = gib_per_second(bytes, self.seconds);
+    }
+
     fn ratio(&self) -> String {
         match (self.ratio_to_memcpy, self.memcpy_to_memcpy) {
             (Some(ratio), _) => format!("{ratio:.2}"),
@@ -75,23 +120,33 @@ impl Report {
 
     /// What does not fit into the table: lines for people, each with its line feed.
     pub(crate) fn notes(&self) -> String {
-        let mut notes = String::new();
+        let mut notes = Vec::new();
         if let Some(crc) = &self.crc32c {
-            notes += &format!("CRC32C: {crc} ({} bytes)\n", self.bytes);
+            notes.push(format!("CRC32C: {crc} ({} bytes)\n", self.bytes));
         }
         if self.ratio_to_memcpy.is_none()
             && let Some(spread) = self.memcpy_to_memcpy
         {
-            notes += &format!(
+            notes.push(format!(
                 "Too noisy for a ratio: memcpy against itself gave {spread:.2} over {} turns; let it run longer.\n",
                 self.turns
-            );
+            ));
         }
         if let Some(isolation) = &self.isolation {
-            notes += &format!("{isolation}\n");
+            notes.push(format!("{isolation}\n"));
         }
-        notes
+        notes.concat()
     }
+}
+
+/// Puts together what is known of each queue.
+pub(crate) fn queues(pasids: Vec<Option<u32>>, jobs: &[u64]) -> Vec<QueueReport> {
+    pasids.into_iter().zip(jobs).map(|(pasid, jobs)| QueueReport { pasid, jobs: *jobs }).collect()
+}
+
+/// Bytes in a time as a speed. No bytes have none.
+pub(crate) fn gib_per_second(bytes: u64, seconds: f64) -> f64 {
+    if bytes == 0 { 0.0 } else { bytes as f64 / seconds / f64::from(1 << 30) }
 }
 
 /// Several runs as one table, with its line feed.

@@ -218,6 +218,60 @@ pub(crate) fn measure(
     measured
 }
 
+/// Which jobs each turn has.
+struct Schedule {
+    extent: Extent,
+    queues: u64,
+    /// Jobs of one queue in a turn, where the time decides how many turns there are.
+    slice: u64,
+    /// Turns, where the jobs decide it.
+    turns: u64,
+    batch: u64,
+}
+
+impl Schedule {
+    /// Sees to it that each part of a turn takes as long as [`SLICE`], given that the faster of the two takes
+    /// `seconds` for `circle` jobs of each queue.
+    fn new(extent: Extent, circles: &[u64], seconds: f64, batch: u64) -> Self {
+        let (queues, circle) = (circles.len() as u64, circles.iter().copied().max().unwrap_or(1));
+        let slice = circle as f64 * SLICE.as_secs_f64() / seconds.max(1e-9);
+        let slice = (slice.clamp(1.0, 1e12) as u64).next_multiple_of(batch);
+        let turns = match extent {
+            Extent::Time(_) => 0,
+            Extent::Jobs(jobs) => (jobs / queues / slice).max(MIN_TURNS as u64),
+        };
+        Self { extent, queues, slice, turns, batch }
+    }
+
+    /// The numbers of the jobs that each queue does in a turn.
+    fn turn(&self, turn: u64) -> Vec<Range<u64>> {
+        let Extent::Jobs(jobs) = self.extent else {
+            return vec![turn * self.slice..(turn + 1) * self.slice; self.queues as usize];
+        };
+        let of_queue = |queue| {
+            let jobs = jobs / self.queues + u64::from(queue < jobs % self.queues);
+            let before = |turn| {
+                let even = (u128::from(jobs) * u128::from(turn) / u128::from(self.turns)) as u64;
+                // Whole batches, but for the last one.
+                if turn == self.turns { jobs } else { even / self.batch * self.batch }
+            };
+            before(turn)..before(turn + 1)
+        };
+        (0..self.queues).map(of_queue).collect()
+    }
+
+    /// How much is done before this turn, 0 to 1.
+    fn done(&self, turn: u64, elapsed: Duration) -> f64 {
+        match self.extent {
+            Extent::Time(time) => {
+                let by_time = elapsed.as_secs_f64() / time.as_secs_f64();
+                by_time.min(turn as f64 / MIN_TURNS as f64).min(1.0)
+            }
+            Extent::Jobs(_) => turn as f64 / self.turns as f64,
+        }
+    }
+}
+
 fn run(
     crew: &Crew,
     lanes: &Lanes,
@@ -231,81 +285,43 @@ fn run(
         lanes.iter().map(|lane| lane.lock().unwrap_or_else(PoisonError::into_inner).slots()).collect();
     let mut measured = Measured { jobs: vec![0; circles.len()], ..Measured::default() };
 
-    // Once round, not counted: brings everything into the state in which it is measured, and tells how many jobs
-    // the faster of the two does in a slice.
+    // Once round, not counted: brings everything into the state in which it is measured, and tells how fast it is.
     let round: Vec<Range<u64>> = circles.iter().map(|circle| 0..*circle).collect();
     let mut fastest = crew.device(&round)?.0;
     if with_memcpy {
         fastest = fastest.min(crew.memcpy(&round)?.0);
     }
-    let circle = circles.iter().copied().max().unwrap_or(1);
-    let slice = (circle as f64 * SLICE.as_secs_f64() / fastest.max(1e-9)).clamp(1.0, 1e12) as u64;
-    let slice = slice.next_multiple_of(batch);
-
-    let share = |queue: usize, jobs: u64| {
-        let queues = circles.len() as u64;
-        jobs / queues + u64::from((queue as u64) < jobs % queues)
-    };
-    let planned = match extent {
-        Extent::Time(_) => None,
-        Extent::Jobs(jobs) => Some((jobs / slice / circles.len() as u64).max(MIN_TURNS as u64)),
-    };
-    // The jobs of a turn, for each queue.
-    let slices = |turn: u64| -> Vec<Range<u64>> {
-        let part = |queue| match (extent, planned) {
-            (Extent::Jobs(jobs), Some(turns)) => {
-                let jobs = share(queue, jobs);
-                let upto = |turn| {
-                    let even = (u128::from(jobs) * u128::from(turn) / u128::from(turns)) as u64;
-                    if turn == turns { jobs } else { even / batch * batch }
-                };
-                upto(turn)..upto(turn + 1)
-            }
-            _ => turn * slice..(turn + 1) * slice,
-        };
-        (0..circles.len()).map(part).collect()
-    };
+    let schedule = Schedule::new(extent, &circles, fastest, batch);
 
     let began = Instant::now();
-    for turn in 0_u64.. {
-        let done = match (extent, planned) {
-            (Extent::Time(time), _) => {
-                let by_time = began.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
-                by_time.min(turn as f64 / MIN_TURNS as f64)
-            }
-            (_, Some(turns)) => turn as f64 / turns as f64,
-            _ => 1.0,
-        };
-        progress(done.min(1.0));
+    for turn in 0.. {
+        let done = schedule.done(turn, began.elapsed());
+        progress(done);
         if done >= 1.0 || stop.asked() {
             break;
         }
-        let numbers = slices(turn);
-        let wanted: u64 = numbers.iter().map(|numbers| numbers.end - numbers.start).sum();
-        if wanted == 0 {
+        let numbers = schedule.turn(turn);
+        if numbers.iter().all(Range::is_empty) {
             continue;
         }
-        let mut seconds = [0.0; 3];
-        let mut complete = true;
+        let mut took = [0.0; 3];
         for step in 0..3 {
-            let part = (step + turn as usize) % 3;
+            let part = (step + turn as usize) % took.len();
             if part == 0 {
-                let (took, jobs) = crew.device(&numbers)?;
-                seconds[part] = took;
-                measured.seconds += took;
-                complete &= jobs.iter().sum::<u64>() == wanted;
+                let (seconds, jobs) = crew.device(&numbers)?;
+                took[part] = seconds;
+                measured.seconds += seconds;
                 measured.jobs.iter_mut().zip(jobs).for_each(|(all, jobs)| *all += jobs);
             } else if with_memcpy && !stop.asked() {
-                let (took, jobs) = crew.memcpy(&numbers)?;
-                seconds[part] = took;
-                measured.memcpy_seconds += took;
+                let (seconds, jobs) = crew.memcpy(&numbers)?;
+                took[part] = seconds;
+                measured.memcpy_seconds += seconds;
                 measured.memcpy_jobs += jobs;
-            } else {
-                complete &= !stop.asked();
             }
         }
-        if complete && with_memcpy {
-            measured.turns.push(seconds);
+        // A turn that was cut short compares nothing.
+        if with_memcpy && !stop.asked() {
+            measured.turns.push(took);
         }
     }
     Ok(measured)
@@ -324,6 +340,32 @@ mod tests {
         let mut turns = vec![[2.0, 1.0, 1.0]; 30];
         turns.push([1000.0, 1.0, 1.0]);
         assert_eq!(measured(turns).ratio_to_memcpy(), Some(0.5));
+    }
+
+    #[test]
+    fn a_schedule_has_each_job_once() {
+        for (jobs, circles, batch) in [(1, &[8][..], 1), (997, &[64, 64], 32), (100_000, &[7, 7, 7], 4)] {
+            let schedule = Schedule::new(Extent::Jobs(jobs), circles, 0.001, batch);
+            let mut next = vec![0; circles.len()];
+            for turn in 0..schedule.turns {
+                for (next, numbers) in next.iter_mut().zip(schedule.turn(turn)) {
+                    assert_eq!(numbers.start, *next);
+                    *next = numbers.end;
+                }
+            }
+            assert_eq!(next.iter().sum::<u64>(), jobs);
+            assert!(schedule.turns >= MIN_TURNS as u64);
+            assert!((schedule.done(schedule.turns, Duration::ZERO) - 1.0).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn a_measurement_by_time_has_enough_turns() {
+        let schedule = Schedule::new(Extent::Time(Duration::from_millis(1)), &[100], 0.01, 8);
+        assert_eq!(schedule.slice, 64, "60 jobs in 6 ms, in whole batches");
+        assert!(schedule.done(30, Duration::from_secs(5)) < 1.0);
+        assert!(schedule.done(31, Duration::from_secs(5)) >= 1.0);
+        assert_eq!(schedule.turn(2).first(), Some(&(128..192)));
     }
 
     #[test]

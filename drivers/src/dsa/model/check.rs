@@ -31,10 +31,8 @@ const COMMON: u32 = flag::FENCE
     | flag::COMPLETION_STEERING
     | flag::COMPLETION_TC;
 /// Flags of operations that write.
-const WRITES: u32 = flag::CACHE_CONTROL
-    | flag::STRICT_ORDERING
-    | flag::DESTINATION_READBACK
-    | flag::DESTINATION_STEERING;
+const WRITES: u32 =
+    flag::CACHE_CONTROL | flag::STRICT_ORDERING | flag::DESTINATION_READBACK | flag::DESTINATION_STEERING;
 const CRC: u32 = flag::CRC_READ_SEED | flag::CRC_BYPASS_INVERSION | flag::CRC_BYPASS_REFLECTION;
 const A1: u32 = flag::ADDRESS1_TC;
 const A2: u32 = flag::ADDRESS2_TC;
@@ -97,7 +95,10 @@ pub(super) fn check(device: &Device, origin: &Origin, descriptor: &Descriptor) -
     require(!origin.privileged || device.functions().privileged, Status::PRIVILEGE)?;
     if flags & flag::REQUEST_INTERRUPT != 0 {
         let handle = descriptor.interrupt_handle;
-        require(!origin.ims && device.may_interrupt(handle, origin.pasid_number()), Status::INTERRUPT_HANDLE)?;
+        require(
+            !origin.ims && device.may_interrupt(handle, origin.pasid_number()),
+            Status::INTERRUPT_HANDLE,
+        )?;
     }
     require(reserved_is_zero(opcode, descriptor), Status::RESERVED_NOT_ZERO)?;
     match opcode {
@@ -120,13 +121,10 @@ pub(super) fn check(device: &Device, origin: &Origin, descriptor: &Descriptor) -
 fn reserved_is_zero(opcode: Opcode, descriptor: &Descriptor) -> bool {
     let &Descriptor { source, destination, size, specific: [first, second, third], .. } = descriptor;
     match opcode {
-        Opcode::NoOp => {
+        Opcode::NoOp | Opcode::Drain => {
             source == 0 && destination == 0 && size == 0 && first == 0 && second == 0 && third == 0
         }
         Opcode::Batch => destination == 0 && first == 0 && second == 0 && third == 0,
-        Opcode::Drain => {
-            source == 0 && destination == 0 && size == 0 && first == 0 && second == 0 && third == 0
-        }
         // The upper half of a 16-byte pattern is from version 2 on.
         Opcode::MemoryMove | Opcode::Fill => first == 0 && second == 0 && third == 0,
         Opcode::Compare | Opcode::ComparePattern => first <= 0xff && second == 0 && third == 0,
@@ -135,7 +133,10 @@ fn reserved_is_zero(opcode: Opcode, descriptor: &Descriptor) -> bool {
         Opcode::Dualcast => second == 0 && third == 0,
         Opcode::Crc | Opcode::CopyCrc => {
             let seed_address = descriptor.flags() & flag::CRC_READ_SEED != 0;
-            first >> 32 == 0 && (second == 0 || seed_address) && third == 0 && (opcode != Opcode::Crc || destination == 0)
+            first >> 32 == 0
+                && (second == 0 || seed_address)
+                && third == 0
+                && (opcode != Opcode::Crc || destination == 0)
         }
         Opcode::DifCheck | Opcode::DifStrip => {
             let control = descriptor.dif_control();
@@ -169,7 +170,7 @@ fn operation(device: &Device, opcode: Opcode, descriptor: &Descriptor) -> Result
         ),
         Opcode::Dualcast => {
             let second = descriptor.destination2();
-            require((destination ^ second) & 0xfff == 0, Status::DUALCAST_ALIGNMENT)?;
+            require((destination ^ second).is_multiple_of(0x1000), Status::DUALCAST_ALIGNMENT)?;
             require(
                 !overlap(source, size, destination, size)
                     && !overlap(source, size, second, size)

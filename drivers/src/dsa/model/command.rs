@@ -85,7 +85,9 @@ pub(super) fn progress(device: &Device, control: &mut Control) {
         }
         Command::ResetDevice => control.reset_configuration(device),
         Command::DisableWq => {
-            (0..control.wqs.len()).filter(of_operand).for_each(|wq| control.wqs[wq].state = WqState::Disabled);
+            (0..control.wqs.len())
+                .filter(of_operand)
+                .for_each(|wq| control.wqs[wq].state = WqState::Disabled);
         }
         Command::ResetWq => {
             (0..control.wqs.len()).filter(of_operand).for_each(|wq| control.reset_wq(device, wq));
@@ -138,7 +140,8 @@ fn start(
             close(device, control, all);
             Ok(begun)
         }
-        Command::DrainAll => when_enabled(Begun::Waits(all)),
+        // Whose PASID a descriptor has is known only once it is taken: this waits for all.
+        Command::DrainAll | Command::DrainPasid => when_enabled(Begun::Waits(all)),
         Command::AbortAll => {
             let begun = when_enabled(Begun::Waits(all))?;
             device.begin_abort(all, None);
@@ -159,8 +162,6 @@ fn start(
             }
             Ok(Begun::Waits(queues))
         }
-        // Whose PASID a descriptor has is known only once it is taken: this waits for all.
-        Command::DrainPasid => when_enabled(Begun::Waits(all)),
         Command::AbortPasid => {
             let begun = when_enabled(Begun::Waits(all))?;
             device.begin_abort(0, Some(operand));
@@ -206,7 +207,8 @@ fn enable_device(device: &Device, control: &Control) -> Result<(), CommandError>
     let total: u32 = control.wqs.iter().map(|wq| u32::from(wq.size())).sum();
     check(total <= device.profile.wq_entries.into(), CommandError::TOTAL_WQ_SIZE)?;
 
-    let sized = control.wqs.iter().enumerate().filter(|(_, wq)| wq.size() > 0).fold(0, |bits, (n, _)| bits | 1 << n);
+    let sized =
+        control.wqs.iter().enumerate().filter(|(_, wq)| wq.size() > 0).fold(0, |bits, (n, _)| bits | 1 << n);
     let (mut wqs, mut engines) = (0_u64, 0_u64);
     for group in &control.groups {
         check(
@@ -215,10 +217,7 @@ fn enable_device(device: &Device, control: &Control) -> Result<(), CommandError>
                 && group.engines >> device.profile.engines == 0,
             CommandError::GROUP_OUT_OF_RANGE,
         )?;
-        check(
-            wqs & group.wqs[0] == 0 && engines & group.engines == 0,
-            CommandError::GROUP_MEMBER_TWICE,
-        )?;
+        check(wqs & group.wqs[0] == 0 && engines & group.engines == 0, CommandError::GROUP_MEMBER_TWICE)?;
         check(group.wqs[0] & sized == 0 || group.engines != 0, CommandError::GROUP_INCOMPLETE)?;
         (wqs, engines) = (wqs | group.wqs[0], engines | group.engines);
     }

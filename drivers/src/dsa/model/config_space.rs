@@ -58,7 +58,8 @@ pub(super) fn config_space() -> ConfigSpace {
 
 /// What `config` lets the device do.
 pub(super) fn functions(config: &ConfigSpace) -> Functions {
-    let control = config.find_extended(ext_cap::PASID).map_or(0, |at| config.read(at + 6, Width::Bits16) as u16);
+    let control =
+        config.find_extended(ext_cap::PASID).map_or(0, |at| config.read(at + 6, Width::Bits16) as u16);
     Functions {
         bus_master: config.bus_master(),
         pasid: control & PASID_ENABLE != 0,

@@ -12,7 +12,9 @@ use super::command;
 use super::device::{Device, Snapshot};
 use super::execute::{Job, Outcome, Progress, Scratch};
 use super::queue::Settings;
-use super::spec::{CompletionRecord, Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag};
+use super::spec::{
+    CompletionRecord, Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag,
+};
 
 /// What one step may do, in bytes of data.
 const STEP_BUDGET: usize = 256 * 1024;
@@ -174,7 +176,6 @@ impl Core {
         let mut worked = false;
         while budget > 0 {
             if matches!(self.work, Work::Nothing) && !self.take() {
-                self.activity().idle();
                 break;
             }
             if self.device.is_aborted(self.origin.wq, self.origin.pasid_number()) {
@@ -189,6 +190,10 @@ impl Core {
             let Some(done) = self.advance(budget) else { break };
             worked = true;
             budget = budget.saturating_sub(done.max(DESCRIPTOR_COST));
+        }
+        if matches!(self.work, Work::Nothing) {
+            // Also when the budget ended with a descriptor: a command must not wait for the next one.
+            self.activity().idle();
         }
         worked
     }

@@ -117,16 +117,17 @@ impl Job {
         if self.opcode == Opcode::MemoryMove {
             return self.memory_move(bus, pasid, budget);
         }
-        let context = Context { bus, pasid, scratch };
         let ended = match self.opcode {
-            Opcode::Fill => self.fill(context, budget),
-            Opcode::Compare | Opcode::ComparePattern => self.compare(context),
-            Opcode::CreateDelta => self.create_delta(context),
-            Opcode::ApplyDelta => self.apply_delta(context),
-            Opcode::Dualcast => self.dualcast(context),
-            Opcode::Crc | Opcode::CopyCrc => self.crc(context),
-            Opcode::DifCheck | Opcode::DifInsert | Opcode::DifStrip | Opcode::DifUpdate => self.dif(context),
-            Opcode::CacheFlush => self.flush(context, budget),
+            Opcode::Fill => self.fill(bus, pasid, budget),
+            Opcode::Compare | Opcode::ComparePattern => self.compare(Context { bus, pasid, scratch }),
+            Opcode::CreateDelta => self.create_delta(Context { bus, pasid, scratch }),
+            Opcode::ApplyDelta => self.apply_delta(Context { bus, pasid, scratch }),
+            Opcode::Dualcast => self.dualcast(Context { bus, pasid, scratch }),
+            Opcode::Crc | Opcode::CopyCrc => self.crc(Context { bus, pasid, scratch }),
+            Opcode::DifCheck | Opcode::DifInsert | Opcode::DifStrip | Opcode::DifUpdate => {
+                self.dif(Context { bus, pasid, scratch })
+            }
+            Opcode::CacheFlush => self.flush(bus, pasid, budget),
             // Done by the engine itself, or nothing at all.
             Opcode::NoOp | Opcode::Batch | Opcode::Drain | Opcode::MemoryMove => {
                 Err(Outcome::new(Status::SUCCESS))
@@ -191,13 +192,11 @@ impl Job {
         }
     }
 
-    fn fill(&mut self, context: Context, budget: usize) -> Result<(), Outcome> {
+    fn fill(&mut self, bus: &mut Bus, pasid: Option<Pasid>, budget: usize) -> Result<(), Outcome> {
         // Whole patterns, so that the next piece starts with the first byte of one.
         let len = self.piece(budget.next_multiple_of(8));
         let at = Iova::new(self.destination());
-        context
-            .bus
-            .fill(context.pasid, at, len as u64, self.descriptor.source)
+        bus.fill(pasid, at, len as u64, self.descriptor.source)
             .map_err(|fault| self.fault(&fault, fault.done))?;
         self.did(len)
     }
@@ -225,8 +224,8 @@ impl Job {
     }
 
     fn compared(&self, result: u8) -> Outcome {
-        let expected = self.descriptor.flags() & flag::CHECK_RESULT == 0
-            || self.descriptor.expected_result() == result;
+        let expected =
+            self.descriptor.flags() & flag::CHECK_RESULT == 0 || self.descriptor.expected_result() == result;
         let status = if expected { Status::SUCCESS } else { Status::FALSE_PREDICATE };
         Outcome { status, result, ..self.success() }
     }
@@ -271,10 +270,13 @@ impl Job {
         }
         let bytes = &mut scratch.first[..copied];
         if flags & flag::CRC_BYPASS_REFLECTION != 0 {
-            bytes.iter_mut().for_each(|byte| *byte = byte.reverse_bits());
+            for byte in bytes.iter_mut() {
+                *byte = byte.reverse_bits();
+            }
         }
         self.carry = ops::crc32c(self.carry, bytes);
-        let value = if flags & flag::CRC_BYPASS_INVERSION != 0 { (!self.carry).reverse_bits() } else { self.carry };
+        let value =
+            if flags & flag::CRC_BYPASS_INVERSION != 0 { (!self.carry).reverse_bits() } else { self.carry };
         let ended = match fault {
             Some(fault) => Err(self.fault(&fault, copied as u64)),
             None => self.did(len),
@@ -282,14 +284,10 @@ impl Job {
         ended.map_err(|outcome| Outcome { specific: [value.into(), 0], ..outcome })
     }
 
-    fn flush(&mut self, context: Context, budget: usize) -> Result<(), Outcome> {
+    fn flush(&mut self, bus: &mut Bus, pasid: Option<Pasid>, budget: usize) -> Result<(), Outcome> {
         let len = self.piece(budget);
         let at = Iova::new(self.destination());
-        context
-            .bus
-            .flush(context.pasid, at, len as u64)
-            .map_err(|fault| self.fault(&fault, fault.done))?;
+        bus.flush(pasid, at, len as u64).map_err(|fault| self.fault(&fault, fault.done))?;
         self.did(len)
     }
 }
-

@@ -36,6 +36,7 @@ use super::spec;
 
 /// What kind of device a model is.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a capability bit of the device")]
 pub struct DsaProfile {
     /// Work queues, 1 to [`MAX_WQS`](Self::MAX_WQS).
     pub wqs: usize,

@@ -6,7 +6,12 @@ use underpass::model::Width;
 
 use super::command::{self, Pending};
 use super::device::Device;
-use super::spec::{self, *};
+use super::spec::{
+    self, Cmd, CmdSts, DeviceState, EngCap, GRPCFG_ENGINES, GRPCFG_FLAGS, GRPCFG_STRIDE, GRPCFG_WQS, GenCap,
+    GenCfg, GenCtrl, GenSts, GrpCap, GrpFlags, MSIX_PBA, MSIX_TABLE, MSIXPERM_STRIDE, MsixPerm, Offsets,
+    PerfmonOffset, SwErr, TABLE_UNIT, WqCap, WqLimits, WqMode, WqSize, WqState, WqStatus, WqThreshold, reg,
+    wqcfg,
+};
 use super::{DsaProfile, VECTORS};
 
 /// Where the tables are, as OFFSETS says.
@@ -16,13 +21,8 @@ const PERFMON: u64 = 0x1000;
 
 /// Read buffers of the device.
 const READ_BUFFERS: u8 = 96;
-/// 32-bit words of a WQCFG that can be written at all, as masks.
-const WQCFG_MASKS: [(u64, u32); 4] = [
-    (wqcfg::SIZE, 0x0000_ffff),
-    (wqcfg::THRESHOLD, 0x0000_ffff),
-    (wqcfg::MODE, 0x3fff_ffff),
-    (wqcfg::LIMITS, 0x0000_01ff),
-];
+/// Which bits can be written of the 32-bit words at the start of a WQCFG: size, threshold, mode, limits.
+const WQCFG_MASKS: [u32; 4] = [0xffff, 0xffff, 0x3fff_ffff, 0x01ff];
 /// Bits of GRPFLAGS that can be written.
 const GRPFLAGS_MASK: u64 = 0x0ff0_ffbf;
 
@@ -188,7 +188,8 @@ impl Control {
             };
         }
         let stride = wq_cap(&device.profile).wqcfg_stride();
-        let Some((wq, at)) = table_entry(offset, wqcfg_offset(&device.profile), stride, self.wqs.len()) else {
+        let Some((wq, at)) = table_entry(offset, wqcfg_offset(&device.profile), stride, self.wqs.len())
+        else {
             return 0;
         };
         let config = &self.wqs[wq];
@@ -233,10 +234,12 @@ impl Control {
             }
             reg::SWERR => device.acknowledge_error(SwErr::from_bits(value.into())),
             MSIX_PERM..GRPCFG => {
-                let (vector, at) = ((offset - MSIX_PERM) / MSIXPERM_STRIDE, (offset - MSIX_PERM) % MSIXPERM_STRIDE);
+                let (vector, at) =
+                    ((offset - MSIX_PERM) / MSIXPERM_STRIDE, (offset - MSIX_PERM) % MSIXPERM_STRIDE);
                 if let (Some(perm), 0) = (device.msix_perm.get(vector as usize), at) {
                     let value = MsixPerm::from_bits(value);
-                    let kept = MsixPerm::new().with_pasid_enable(value.pasid_enable()).with_pasid(value.pasid());
+                    let kept =
+                        MsixPerm::new().with_pasid_enable(value.pasid_enable()).with_pasid(value.pasid());
                     perm.store(kept.into_bits(), Ordering::Relaxed);
                 }
             }
@@ -268,7 +271,9 @@ impl Control {
         }
         let profile = &device.profile;
         let stride = wq_cap(profile).wqcfg_stride();
-        let Some((wq, at)) = table_entry(offset, wqcfg_offset(profile), stride, self.wqs.len()) else { return };
+        let Some((wq, at)) = table_entry(offset, wqcfg_offset(profile), stride, self.wqs.len()) else {
+            return;
+        };
         let config = &mut self.wqs[wq];
         let off = config.state == WqState::Disabled;
         match at {
@@ -277,13 +282,13 @@ impl Control {
                 // A threshold over the size of a working queue would let a limited portal overrun it.
                 let threshold = WqThreshold::from_bits(value).threshold();
                 if off || threshold <= config.size() {
-                    config.words[1] = value & WQCFG_MASKS[1].1;
+                    config.words[1] = value & WQCFG_MASKS[1];
                     device.queues[wq].set_threshold(threshold);
                 }
             }
             wqcfg::SIZE | wqcfg::MODE | wqcfg::LIMITS if off => {
-                let (at, mask) = WQCFG_MASKS[(at / 4) as usize];
-                config.words[(at / 4) as usize] = value & mask;
+                let word = (at / 4) as usize;
+                config.words[word] = value & WQCFG_MASKS[word];
             }
             wqcfg::OP_CONFIG..64 if off => {
                 let n = ((at - wqcfg::OP_CONFIG) / 8) as usize;
@@ -339,7 +344,8 @@ pub(super) fn wq_cap(profile: &DsaProfile) -> WqCap {
 
 /// Whether the read buffers that the groups ask for are there.
 pub(super) fn read_buffers_fit(control: &Control) -> bool {
-    let reserved: u32 = control.groups.iter().map(|group| u32::from(group.flags.read_buffers_reserved())).sum();
+    let reserved: u32 =
+        control.groups.iter().map(|group| u32::from(group.flags.read_buffers_reserved())).sum();
     let allowed = |group: &Group| {
         let (reserved, allowed) = (group.flags.read_buffers_reserved(), group.flags.read_buffers_allowed());
         // Zero, the initial value, stands for all.

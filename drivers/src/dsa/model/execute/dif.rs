@@ -26,7 +26,7 @@ impl Job {
         let (mut blocks, mut written, mut wrong) = (0, 0, 0);
         for whole in source.bytes.chunks_exact(unit) {
             let (data, old) = whole.split_at(block);
-            if let Some(tuple) = old.first_chunk::<TUPLE>() {
+            if let Some(&tuple) = old.first_chunk::<TUPLE>() {
                 wrong = self.check_block(data, tuple, control, index);
                 if wrong != 0 {
                     break;
@@ -65,9 +65,9 @@ impl Job {
     }
 
     /// Checks one block; returns bits of `dif_result`.
-    fn check_block(&self, data: &[u8], tuple: &[u8; TUPLE], control: DifControl, index: u32) -> u8 {
+    fn check_block(&self, data: &[u8], tuple: [u8; TUPLE], control: DifControl, index: u32) -> u8 {
         let flags = control.source();
-        let [guard @ .., a0, a1, r0, r1, r2, r3] = *tuple;
+        let [guard @ .., a0, a1, r0, r1, r2, r3] = tuple;
         let (app_f, ref_f) = ([a0, a1] == [0xff; 2], [r0, r1, r2, r3] == [0xff; 4]);
         let all_f = app_f && ref_f && guard == [0xff; 2];
         if flags.all_f_detect() && all_f {
@@ -77,7 +77,7 @@ impl Job {
             return 0;
         }
         let dif = source_dif(control, self.descriptor.dif_source_tags(), flags);
-        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, tuple, &dif, index);
+        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, &tuple, &dif, index);
         let bit = |bad, bit| if bad { bit } else { 0 };
         bit(guard_bad, dif_result::GUARD)
             | bit(app_tag_bad, dif_result::APP_TAG)
@@ -96,7 +96,8 @@ impl Job {
         let dif = destination_dif(control, self.descriptor.dif_destination_tags(), flags);
         let mut new = ops::dif_tuple(data, &dif, index);
         if let Some(old) = old {
-            let parts = [(flags.pass_guard(), 0..2), (flags.pass_app_tag(), 2..4), (flags.pass_ref_tag(), 4..8)];
+            let parts =
+                [(flags.pass_guard(), 0..2), (flags.pass_app_tag(), 2..4), (flags.pass_ref_tag(), 4..8)];
             for (_, part) in parts.into_iter().filter(|(pass, _)| *pass) {
                 new[part.clone()].copy_from_slice(&old[part]);
             }
