@@ -1,6 +1,9 @@
 //! The DSA model from the outside: registers by offset and descriptors by byte, written from the specification and
 //! not from `spec.rs`, so that a slip there does not cancel itself out.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a rig that can not be built fails its test")]
+
 use std::sync::Arc;
 
 use underpass::bar::Bar;
@@ -115,15 +118,17 @@ impl Rig {
     pub(crate) fn disabled(profile: DsaProfile) -> Self {
         let iommu = SoftIommu::new(SoftOptions::default());
         let device =
-            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, Run::Stepped).unwrap();
+            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, Run::Stepped)
+                .unwrap();
         device.set_bus_master(true).unwrap();
         let pasid = Pasid::new(7).unwrap();
         let ioas = iommu.alloc_ioas().unwrap();
         let attachment = ioas.attach(&device, Some(pasid)).unwrap();
-        let region = Region::builder(4 << 20).build().unwrap();
-        let writable = ioas.map(&region, Access::READ_WRITE).unwrap();
+        // First, so that nothing is mapped behind the memory.
         let constant = Region::builder(64 << 10).build().unwrap();
         let readable = ioas.map(&constant, Access::READ).unwrap();
+        let region = Region::builder(4 << 20).build().unwrap();
+        let writable = ioas.map(&region, Access::READ_WRITE).unwrap();
         let regs = device.bar(0).unwrap();
         let offsets = regs.read64(0x60);
         let stride = 32 << (regs.read64(0x20) >> 24 & 0xf);
