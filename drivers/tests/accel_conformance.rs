@@ -310,7 +310,7 @@ fn shapes_that_do_not_fit_are_rejected(subject: &Subject) {
         buf
     };
     cases.extend([
-        (Reason::Alignment, Op::Dualcast { src: odd(8).into(), dst1: odd(8), dst2: arena_page(&mut odd) }),
+        (Reason::Alignment, Op::Dualcast { src: odd(8).into(), dst1: odd(8), dst2: further_on(&mut odd) }),
         (
             Reason::Alignment,
             Op::CreateDelta { original: odd(8).into(), modified: odd(8).into(), delta: odd(80) },
@@ -330,8 +330,8 @@ fn shapes_that_do_not_fit_are_rejected(subject: &Subject) {
     );
 }
 
-/// 8 bytes that do not start where those of `odd` do.
-fn arena_page(odd: &mut dyn FnMut(usize) -> DmaBuf) -> DmaBuf {
+/// 8 bytes that do not start in their page where those of `odd` do.
+fn further_on(odd: &mut dyn FnMut(usize) -> DmaBuf) -> DmaBuf {
     odd(12).split_off(4)
 }
 
