@@ -478,11 +478,15 @@ fn completions_of_jobs_that_do_not_exist_are_ignored() {
     let jobs: Vec<Descriptor> = (0..4).map(|tag| stage.submit(Job::new(Op::Nop).tag(tag))).collect();
     let mut records: HashSet<u64> = jobs.iter().map(|job| job.completion).collect();
     assert_eq!(records.len(), 4);
-    jobs.iter().for_each(|job| stage.answer(job, success(), [0; 3]));
+    for job in &jobs {
+        stage.answer(job, success(), [0; 3]);
+    }
     assert_eq!(stage.poll().len(), 4);
     let (batch, members) = stage.submit_batch((0..4).map(|_| Job::new(Op::Nop)).collect());
     records.extend(members.iter().map(|member| member.completion));
-    members.iter().for_each(|member| stage.answer(member, success(), [0; 3]));
+    for member in &members {
+        stage.answer(member, success(), [0; 3]);
+    }
     stage.answer(&batch, success(), [0; 3]);
     assert_eq!(stage.poll().len(), 4);
 

@@ -77,7 +77,7 @@ impl Job {
             return 0;
         }
         let dif = source_dif(control, self.descriptor.dif_source_tags(), flags);
-        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, &tuple, &dif, index);
+        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, tuple, &dif, index);
         let bit = |bad, bit| if bad { bit } else { 0 };
         bit(guard_bad, dif_result::GUARD)
             | bit(app_tag_bad, dif_result::APP_TAG)
