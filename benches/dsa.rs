@@ -23,7 +23,7 @@ use underpass::{Access, Burst, Iova, Pasid, Region};
 use underpass_drivers::dsa::Dsa;
 use underpass_drivers::dsa::model::{DsaModel, DsaProfile};
 use underpass_drivers::dsa::spec::{CompletionRecord, Descriptor, Opcode, Status};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 const DEPTH: usize = 32;
 const BATCH: usize = 32;
@@ -106,7 +106,7 @@ impl Completer {
             completed += 1;
         }
         let bytes_completed = if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
-        let word = u64::from(bytes_completed) << 32 | Status::Success as u64;
+        let word = u64::from(bytes_completed) << 32 | u64::from(Status::SUCCESS.0);
         self.bus.store_u64(self.pasid, Iova::new(descriptor.completion), word).unwrap();
         completed
     }

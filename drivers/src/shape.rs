@@ -1,7 +1,7 @@
 //! Whether a job's buffers fit together: what every channel asks before it takes one.
 
 use underpass::Access;
-use underpass::accel::{Limits, Op, Reason};
+use underpass::accel::{Dif, Limits, Op, Reason};
 use underpass::dma::DmaBuf;
 
 use crate::ops::{DELTA_ENTRY, DELTA_UNIT, DIF_TUPLE};
@@ -39,6 +39,14 @@ pub(crate) fn transfer_size(op: &Op) -> usize {
         | Op::DifInsert { src, .. }
         | Op::DifStrip { src, .. }
         | Op::DifUpdate { src, .. } => src.buf().len(),
+    }
+}
+
+/// How many bytes the operation can say that it completed: of the record where it applies one, else of its transfer.
+pub(crate) fn completable(op: &Op) -> usize {
+    match op {
+        Op::ApplyDelta { delta_len, .. } => *delta_len,
+        _ => transfer_size(op),
     }
 }
 
@@ -97,6 +105,9 @@ pub(crate) fn check_shape(op: &Op, limits: &Limits) -> Result<(), Reason> {
             Reason::Size,
         ),
         Op::DifUpdate { dst, from, to, .. } => {
+            // A descriptor has one pair of inversion flags, for both sides.
+            let inversions = |dif: &Dif| (dif.invert_crc_seed, dif.invert_crc_result);
+            require(inversions(from) == inversions(to), Reason::Unsupported)?;
             let whole = from.block == to.block && size.is_multiple_of(from.block.bytes() + DIF_TUPLE);
             require(whole && dst.len() == size, Reason::Size)
         }

@@ -23,6 +23,17 @@ impl<T> Burst<T> {
         Ok(())
     }
 
+    /// Appends an item, for a caller who knows that there is room: large items that can not come back are moved once
+    /// instead of twice.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[inline]
+    pub fn put(&mut self, item: T) {
+        assert!(!self.is_full(), "a burst of {} items is full", self.capacity());
+        self.0.push(item);
+    }
+
     /// Takes the last item.
     #[inline]
     pub fn pop(&mut self) -> Option<T> {

@@ -280,7 +280,9 @@ pub(crate) fn make(
                 OpKind::DifStrip => Op::DifStrip { src, dst: take_random(random, 1, data.len(), any), dif },
                 _ => {
                     let dst = take_random(random, 1, src.buf().len(), any);
-                    let to = random_dif(random, dif.block);
+                    // One descriptor inverts the same on both sides.
+                    let (invert_crc_seed, invert_crc_result) = (dif.invert_crc_seed, dif.invert_crc_result);
+                    let to = Dif { invert_crc_seed, invert_crc_result, ..random_dif(random, dif.block) };
                     Op::DifUpdate { src, dst, from: dif, to }
                 }
             }

@@ -53,7 +53,8 @@ const fn opcode(kind: OpKind) -> Opcode {
 /// # Errors
 /// [`Reason::NotMapped`]; [`Reason::Unsupported`] for a DIF update that inverts differently on its two sides, which
 /// one descriptor can not say.
-#[inline]
+#[allow(clippy::inline_always, reason = "a returned descriptor is copied twice; measured")]
+#[inline(always)]
 pub(super) fn encode(op: &Op, space: &DmaSpace, write_flags: u32) -> Result<Descriptor, Reason> {
     let at = |buf: &DmaBuf| space.iova(buf).map(Iova::get).ok_or(Reason::NotMapped);
     let reads = |kind| Descriptor::new(opcode(kind), 0);
@@ -230,9 +231,40 @@ const fn lied<T>(why: &'static str) -> Result<T, JobError> {
     Err(JobError::Lied { why })
 }
 
+/// The outcome of a job that only does something.
+pub(super) const DONE: Outcome =
+    Outcome { matched: true, delta_overflow: false, crc: 0, delta_len: 0, mismatch_at: 0 };
+
+/// Whether the answer to `op` is that it was done, and that is all there is to say: most are. Its outcome is [`DONE`].
+#[inline]
+pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
+    handshake.status() == Status::SUCCESS.0
+        && !has_result(op)
+        && handshake.completed() as usize <= most_completed(op)
+}
+
+/// The most that an answer to `op` can have as bytes completed, which are the source's.
+#[inline]
+fn most_completed(op: &Op) -> usize {
+    match op {
+        Op::ApplyDelta { delta_len, .. } => *delta_len,
+        _ => transfer_size(op),
+    }
+}
+
+const fn has_result(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Compare { .. }
+            | Op::ComparePattern { .. }
+            | Op::CreateDelta { .. }
+            | Op::Crc { .. }
+            | Op::CopyCrc { .. }
+    )
+}
+
 /// What the device answered to `op`: `handshake`, the first word of record `index`, was read with Acquire and has a
 /// status. Nothing in the record is believed that can not be true.
-#[inline]
 pub(super) fn judge(
     op: &Op,
     handshake: Handshake,
@@ -242,12 +274,12 @@ pub(super) fn judge(
     // Relaxed: the Acquire of the handshake word ordered it. Each word is read once at most.
     let word = |offset| records.word(index, offset).load(Ordering::Relaxed);
     let status = Status(handshake.status());
-    let completed = handshake.completed();
-    if u64::from(completed) > transfer_size(op) as u64 {
+    let (size, completed) = (transfer_size(op), handshake.completed());
+    if completed as usize > most_completed(op) {
         return lied("it completed more bytes than the job has");
     }
     match status.code() {
-        Status::SUCCESS if !status.is_write() => succeeded(op, handshake, word),
+        Status::SUCCESS if !status.is_write() => succeeded(op, handshake, size, word),
         Status::PAGE_FAULT => Err(JobError::PageFault {
             iova: Iova::new(word(FAULT_ADDRESS)),
             access: if status.is_write() { Access::WRITE } else { Access::READ },
@@ -278,7 +310,7 @@ const fn is_dif(op: &Op) -> bool {
 fn failed(code: Status) -> JobError {
     match code {
         Status::PAGE_REQUEST_FAILED | Status::DELTA_ORDER | Status::DELTA_OFFSET => {}
-        Status(first) if first >= Status::BAD_OPCODE.0 && first <= Status::TRANSLATION.0 => {}
+        Status(code) if (Status::BAD_OPCODE.0..=Status::TRANSLATION.0).contains(&code) => {}
         Status::FALSE_PREDICATE => {
             return JobError::Lied { why: "it checked a result that it was not told to check" };
         }
@@ -287,21 +319,24 @@ fn failed(code: Status) -> JobError {
     JobError::Refused { status: code.0, why: code.text() }
 }
 
-#[inline]
-fn succeeded(op: &Op, handshake: Handshake, word: impl Fn(usize) -> u64) -> Result<Outcome, JobError> {
-    let done = Outcome { matched: true, ..Outcome::default() };
+fn succeeded(
+    op: &Op,
+    handshake: Handshake,
+    size: usize,
+    word: impl Fn(usize) -> u64,
+) -> Result<Outcome, JobError> {
     match op {
         Op::Compare { .. } | Op::ComparePattern { .. } => match handshake.result() {
-            compare_result::EQUAL => Ok(done),
-            compare_result::DIFFERENT if (handshake.completed() as usize) < transfer_size(op) => {
-                Ok(Outcome { matched: false, mismatch_at: handshake.completed(), ..done })
+            compare_result::EQUAL => Ok(DONE),
+            compare_result::DIFFERENT if (handshake.completed() as usize) < size => {
+                Ok(Outcome { matched: false, mismatch_at: handshake.completed(), ..DONE })
             }
             _ => lied("its result of a comparison is neither equal nor a difference inside the buffer"),
         },
         Op::CreateDelta { delta, .. } => {
             let delta_len = word(SPECIFIC) as u32;
-            let overflow = match handshake.result() {
-                delta_result::EQUAL if delta_len == 0 => return Ok(done),
+            let delta_overflow = match handshake.result() {
+                delta_result::EQUAL if delta_len == 0 => return Ok(DONE),
                 delta_result::COMPLETE => false,
                 delta_result::OVERFLOW => true,
                 _ => return lied("its result of a delta is none of the three that there are"),
@@ -309,10 +344,10 @@ fn succeeded(op: &Op, handshake: Handshake, word: impl Fn(usize) -> u64) -> Resu
             if delta_len == 0 || !delta_len.is_multiple_of(DELTA_ENTRY) || delta_len > max_delta(op, delta) {
                 return lied("the size of its delta record can not be");
             }
-            Ok(Outcome { matched: false, delta_overflow: overflow, delta_len, ..done })
+            Ok(Outcome { matched: false, delta_overflow, delta_len, ..DONE })
         }
-        Op::Crc { .. } | Op::CopyCrc { .. } => Ok(Outcome { crc: word(SPECIFIC) as u32, ..done }),
-        _ => Ok(done),
+        Op::Crc { .. } | Op::CopyCrc { .. } => Ok(Outcome { crc: word(SPECIFIC) as u32, ..DONE }),
+        _ => Ok(DONE),
     }
 }
 

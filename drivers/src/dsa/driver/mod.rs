@@ -233,14 +233,13 @@ impl Dsa {
         }
         let space = |_| {
             let pasid = Pasid::allocate_up_to(pasids)?;
-            let (with_pasid, dma) = match config.sva {
-                Some(token) => (iommu.attach_sva(device, pasid.get(), token)?, DmaSpace::shared_virtual()),
-                None => {
-                    let ioas = iommu.alloc_ioas()?;
-                    (ioas.attach(device, Some(pasid.get()))?, DmaSpace::new(ioas))
-                }
+            let (of_pasid, dma) = if let Some(token) = config.sva {
+                (iommu.attach_sva(device, pasid.get(), token)?, DmaSpace::shared_virtual())
+            } else {
+                let ioas = iommu.alloc_ioas()?;
+                (ioas.attach(device, Some(pasid.get()))?, DmaSpace::new(ioas))
             };
-            let attachments = vec![Arc::new(with_pasid), Arc::clone(&attachment)];
+            let attachments = vec![Arc::new(of_pasid), Arc::clone(&attachment)];
             Ok(Space { attachments, pasid: Some(pasid), dma })
         };
         (0..channels).map(space).collect()

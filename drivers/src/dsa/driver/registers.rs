@@ -350,30 +350,10 @@ impl Registers {
             self.stuck_error = None;
         }
 
-        let mut why = format!(
-            "SWERR is {:#018x} {:#018x} {:#018x}: {}",
-            words[0],
-            words[1],
-            words[2],
-            SubmissionError(error.error()).text().unwrap_or_else(|| Status(error.error()).text()),
-        );
-        let wq = error.wq_valid().then_some(usize::from(error.wq()));
-        if let Some(wq) = wq {
-            why += &format!(", work queue {wq}");
-        }
-        if error.descriptor_valid() {
-            why += &format!(", opcode {:#04x}, PASID {}", error.opcode(), error.pasid());
-            if error.batch() {
-                why += &format!(", descriptor {} of a batch", SwErrBatch::from_bits(words[1]).index());
-            }
-        }
-        if error.overflow() {
-            why += "; more errors were lost";
-        }
         Some(DeviceError {
-            error: Error::new(ErrorKind::Device, "go on after a software error", why)
+            error: Error::new(ErrorKind::Device, "go on after a software error", describe(words))
                 .mend("reset the channel; its jobs come back"),
-            stalls: wq.map_or(0..0, |wq| wq..wq + 1),
+            stalls: if error.wq_valid() { usize::from(error.wq())..usize::from(error.wq()) + 1 } else { 0..0 },
         })
     }
 
@@ -394,6 +374,28 @@ impl Registers {
             stalls: 0..usize::MAX,
         })
     }
+}
+
+/// What the words of SWERR say.
+fn describe(words: [u64; 3]) -> String {
+    let error = SwErr::from_bits(words[0]);
+    let text = SubmissionError(error.error()).text().unwrap_or_else(|| Status(error.error()).text());
+    let mut parts =
+        vec![format!("SWERR is {:#018x} {:#018x} {:#018x}: {text}", words[0], words[1], words[2])];
+    if error.wq_valid() {
+        parts.push(format!("work queue {}", error.wq()));
+    }
+    if error.descriptor_valid() {
+        parts.push(format!("opcode {:#04x}", error.opcode()));
+        parts.push(format!("PASID {}", error.pasid()));
+        if error.batch() {
+            parts.push(format!("descriptor {} of a batch", SwErrBatch::from_bits(words[1]).index()));
+        }
+    }
+    if error.overflow() {
+        parts.push("and more errors were lost".to_owned());
+    }
+    parts.join(", ")
 }
 
 /// An error of the device's own.

@@ -163,9 +163,9 @@ impl Core {
 
     /// Works until the budget is used up or there is nothing to do. Returns whether there was anything.
     fn step(&mut self) -> bool {
-        if matches!(self.work, Work::Nothing)
-            && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
-        {
+        if matches!(self.work, Work::Nothing) && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty()) {
+            // The last step may have ended with its budget, right behind a descriptor: it was not idle then.
+            self.activity().idle();
             return false;
         }
         let may_work = self.device.functions().bus_master;
