@@ -10,7 +10,7 @@ use crate::dsa::spec::{
     CompletionRecord, DELTA_ENTRY, DELTA_MIN_SIZE, Descriptor, DifControl, DifDestinationFlags,
     DifSourceFlags, DifTags, GenCap, Handshake, Opcode, Status, compare_result, delta_result, dif_result,
 };
-use crate::shape::transfer_size;
+use crate::shape::{completable, transfer_size};
 
 /// The operations of a device with these capabilities.
 pub(super) fn supported(operations: [u64; 4], general: GenCap) -> Ops {
@@ -240,16 +240,7 @@ pub(super) const DONE: Outcome =
 pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
     handshake.status() == Status::SUCCESS.0
         && !has_result(op)
-        && handshake.completed() as usize <= most_completed(op)
-}
-
-/// The most that an answer to `op` can have as bytes completed, which are the source's.
-#[inline]
-fn most_completed(op: &Op) -> usize {
-    match op {
-        Op::ApplyDelta { delta_len, .. } => *delta_len,
-        _ => transfer_size(op),
-    }
+        && handshake.completed() as usize <= completable(op)
 }
 
 const fn has_result(op: &Op) -> bool {
@@ -275,7 +266,7 @@ pub(super) fn judge(
     let word = |offset| records.word(index, offset).load(Ordering::Relaxed);
     let status = Status(handshake.status());
     let (size, completed) = (transfer_size(op), handshake.completed());
-    if completed as usize > most_completed(op) {
+    if completed as usize > completable(op) {
         return lied("it completed more bytes than the job has");
     }
     match status.code() {
@@ -355,10 +346,12 @@ fn succeeded(
 /// job is number `index` in it.
 #[cold]
 pub(super) fn without_status(batch: Handshake, index: u32) -> JobError {
+    if batch.status() == Status::NONE.0 {
+        // The queue was stopped before the batch was done.
+        return JobError::Reset;
+    }
     let status = Status(batch.status()).code();
     match status {
-        // The queue was stopped before the batch was done.
-        Status::NONE => JobError::Reset,
         Status::BATCH_FAILED if index >= batch.completed() => JobError::Abandoned,
         Status::BATCH_FAILED | Status::SUCCESS => {
             JobError::Lied { why: "the batch is done, but this job of it has no status" }

@@ -353,7 +353,11 @@ impl Registers {
         Some(DeviceError {
             error: Error::new(ErrorKind::Device, "go on after a software error", describe(words))
                 .mend("reset the channel; its jobs come back"),
-            stalls: if error.wq_valid() { usize::from(error.wq())..usize::from(error.wq()) + 1 } else { 0..0 },
+            stalls: if error.wq_valid() {
+                usize::from(error.wq())..usize::from(error.wq()) + 1
+            } else {
+                0..0
+            },
         })
     }
 
