@@ -176,6 +176,7 @@ impl Core {
         let mut worked = false;
         while budget > 0 {
             if matches!(self.work, Work::Nothing) && !self.take() {
+                self.activity().idle();
                 break;
             }
             if self.device.is_aborted(self.origin.wq, self.origin.pasid_number()) {
@@ -190,10 +191,6 @@ impl Core {
             let Some(done) = self.advance(budget) else { break };
             worked = true;
             budget = budget.saturating_sub(done.max(DESCRIPTOR_COST));
-        }
-        if matches!(self.work, Work::Nothing) {
-            // Also when the budget ended with a descriptor: a command must not wait for the next one.
-            self.activity().idle();
         }
         worked
     }
