@@ -55,8 +55,8 @@ const SOFT_DSA: Scheme = Scheme {
     name: "soft:dsa",
     what: "a software Intel DSA behind the software IOMMU, in this process",
     options: &[
-        SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 128 (8)" },
-        SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 64 (1)" },
+        SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 32 (8)" },
+        SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 32 (1)" },
         SchemeOption {
             name: "mode",
             values: "dedicated|shared",
@@ -73,10 +73,8 @@ const SOFT_DSA: Scheme = Scheme {
     open: open_soft_dsa,
 };
 
-/// Work queues of DSA are numbered in 8 bits; the portals of 128 are a BAR of 2 MiB.
-const SOFT_WQS: RangeInclusive<usize> = 1..=128;
-/// The mask of engines in a group has 64 bits.
-const SOFT_ENGINES: RangeInclusive<usize> = 1..=64;
+const SOFT_WQS: RangeInclusive<usize> = 1..=DsaProfile::MAX_WQS;
+const SOFT_ENGINES: RangeInclusive<usize> = 1..=DsaProfile::MAX_ENGINES;
 /// PASIDs have 20 bits, and 0 is not one that is given out.
 const SOFT_PASIDS: RangeInclusive<u32> = 0..=(1 << 20) - 1;
 
@@ -281,12 +279,12 @@ mod tests {
     #[test]
     fn a_value_that_can_not_be_is_refused_with_those_that_can() {
         for (address, mend) in [
-            ("soft:dsa,wqs=0", "wqs is a number from 1 to 128"),
-            ("soft:dsa,wqs=129", "wqs is a number from 1 to 128"),
-            ("soft:dsa,wqs=many", "wqs is a number from 1 to 128"),
-            ("soft:dsa,wqs=-1", "wqs is a number from 1 to 128"),
-            ("soft:dsa,wqs=", "wqs is a number from 1 to 128"),
-            ("soft:dsa,engines=65", "engines is a number from 1 to 64"),
+            ("soft:dsa,wqs=0", "wqs is a number from 1 to 32"),
+            ("soft:dsa,wqs=33", "wqs is a number from 1 to 32"),
+            ("soft:dsa,wqs=many", "wqs is a number from 1 to 32"),
+            ("soft:dsa,wqs=-1", "wqs is a number from 1 to 32"),
+            ("soft:dsa,wqs=", "wqs is a number from 1 to 32"),
+            ("soft:dsa,engines=33", "engines is a number from 1 to 32"),
             ("soft:dsa,mode=open", "mode can be: dedicated, shared"),
             ("soft:dsa,check=all", "check can be: leases"),
             ("soft:dsa,check", "write it as name=value"),

@@ -42,6 +42,14 @@ pub(crate) fn transfer_size(op: &Op) -> usize {
     }
 }
 
+/// How many bytes the operation can say that it completed: of the record where it applies one, else of its transfer.
+pub(crate) fn completable(op: &Op) -> usize {
+    match op {
+        Op::ApplyDelta { delta_len, .. } => *delta_len,
+        _ => transfer_size(op),
+    }
+}
+
 /// Checks that the channel does the operation, and that lengths and alignments of its buffers agree with each
 /// other and with the limits. Addresses need no translation for that: regions are aligned to pages on both sides.
 ///

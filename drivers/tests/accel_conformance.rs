@@ -617,6 +617,10 @@ fn channels_are_isolated(subject: &Subject) {
     // Past the driver's check, with the bare address: the IOMMU refuses it.
     let probe = || Job::new(Op::Probe { iova: their_iova, len: 64 });
     let done = run(&mut **second, probe());
+    if second.pasid().is_none() {
+        done.result.expect("without PASIDs the channels of a device share its address space");
+        return;
+    }
     let Err(JobError::PageFault { iova, access, completed }) = done.result else {
         panic!("the second queue reached the first one's memory: {:?}", done.result)
     };

@@ -240,7 +240,16 @@ pub(super) const DONE: Outcome =
 pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
     handshake.status() == Status::SUCCESS.0
         && !has_result(op)
-        && handshake.completed() as usize <= transfer_size(op)
+        && handshake.completed() as usize <= most_completed(op)
+}
+
+/// The most that an answer to `op` can have as bytes completed, which are the source's.
+#[inline]
+fn most_completed(op: &Op) -> usize {
+    match op {
+        Op::ApplyDelta { delta_len, .. } => *delta_len,
+        _ => transfer_size(op),
+    }
 }
 
 const fn has_result(op: &Op) -> bool {
@@ -266,7 +275,7 @@ pub(super) fn judge(
     let word = |offset| records.word(index, offset).load(Ordering::Relaxed);
     let status = Status(handshake.status());
     let (size, completed) = (transfer_size(op), handshake.completed());
-    if completed as usize > size {
+    if completed as usize > most_completed(op) {
         return lied("it completed more bytes than the job has");
     }
     match status.code() {

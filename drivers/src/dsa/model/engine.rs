@@ -163,10 +163,8 @@ impl Core {
 
     /// Works until the budget is used up or there is nothing to do. Returns whether there was anything.
     fn step(&mut self) -> bool {
-        if matches!(self.work, Work::Nothing)
-            && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
-        {
-            // The last step may have used up its budget with its last descriptor.
+        if matches!(self.work, Work::Nothing) && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty()) {
+            // The last step may have ended with its budget, right behind a descriptor: it was not idle then.
             self.activity().idle();
             return false;
         }
@@ -178,7 +176,6 @@ impl Core {
         let mut worked = false;
         while budget > 0 {
             if matches!(self.work, Work::Nothing) && !self.take() {
-                self.activity().idle();
                 break;
             }
             if self.device.is_aborted(self.origin.wq, self.origin.pasid_number()) {
@@ -193,6 +190,10 @@ impl Core {
             let Some(done) = self.advance(budget) else { break };
             worked = true;
             budget = budget.saturating_sub(done.max(DESCRIPTOR_COST));
+        }
+        if matches!(self.work, Work::Nothing) {
+            // Also when the budget ended with a descriptor: a command must not wait for the next one.
+            self.activity().idle();
         }
         worked
     }
