@@ -62,14 +62,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bar.inc(1);
     }
     bar.finish_and_clear();
-    for report in &demo {
-        copy::judge(report)?;
-    }
+    let judged = demo.iter().try_for_each(copy::judge);
     if args.json {
-        return crate::print(&format!("{}\n", serde_json::to_string(&Demo { demo })?));
+        crate::print(&format!("{}\n", serde_json::to_string(&Demo { demo })?))?;
+    } else {
+        let notes: String = demo.iter().map(report::Report::notes).collect();
+        crate::print(&format!("{}\n{notes}\n{NEXT}", report::table(&demo)))?;
     }
-    let notes: String = demo.iter().map(report::Report::notes).collect();
-    crate::print(&format!("{}\n{notes}\n{NEXT}", report::table(&demo)))
+    judged
 }
 
 #[cfg(test)]

@@ -131,7 +131,7 @@ fn bad_input_is_one_line_and_the_right_status() {
         ("--batch 100000 ", 1, "--batch"),
         ("--core 4095", 1, "4095"),
         ("--device soft:dsa,core=4095", 1, "4095"),
-        ("--working-set 64T --size 1G", 1, "64 TiB"),
+        ("--working-set 64T --size 1G", 1, "available"),
         ("--device cpu --show-isolation", 1, "PASID"),
     ] {
         let args: Vec<_> = ["copy", "--json"].into_iter().chain(args.split_whitespace()).collect();
@@ -212,7 +212,7 @@ fn every_operation_leaves_what_the_cpu_computed() {
     let ops = "nop copy copy-within fill compare compare-pattern create-delta apply-delta dualcast crc copy-crc \
                dif-check dif-insert dif-strip dif-update cache-flush";
     for device in ["cpu", "soft:dsa,check=leases"] {
-        for op in ops.split_whitespace() {
+        for op in ops.split_whitespace().filter(|op| device != "cpu" || *op != "cache-flush") {
             let report = copy(&[
                 "--device",
                 device,
@@ -384,7 +384,11 @@ fn ctrl_c_stops_and_still_tells_what_was_done() {
 #[test]
 fn a_reader_that_leaves_is_no_error_and_a_full_disk_is() {
     if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
-        let status = Command::new(env!("CARGO_BIN_EXE_underpass")).stdout(full).status().expect("it starts");
+        let status = Command::new(env!("CARGO_BIN_EXE_underpass"))
+            .stdout(full)
+            .stderr(Stdio::null())
+            .status()
+            .expect("it starts");
         assert_eq!(status.code(), Some(1));
     }
     let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))

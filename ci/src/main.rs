@@ -41,16 +41,17 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &[String]) -> Result<Vec<Violation>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // ci/check runs this at the root of the tree.
+    let root = Path::new(".");
     let (command, rest) = match arguments {
         [] => ("", arguments),
         [command, rest @ ..] => (command.as_str(), rest),
     };
     match (command, rest) {
-        ("layers", []) => layers::check(&Tree::read(&root)?, &tree::read(&root, "ci/layers")?),
-        ("unsafe", []) => unsafety::check(&Tree::read(&root)?, &tree::read(&root, "ci/unsafe-modules")?),
-        ("sizes", []) => Ok(sizes::check(&Tree::read(&root)?)),
-        ("licenses", []) => licenses::check(&standard_input()?, &tree::read(&root, "ci/licenses")?),
+        ("layers", []) => layers::check(&Tree::read(root)?, &tree::read(root, "ci/layers")?),
+        ("unsafe", []) => unsafety::check(&Tree::read(root)?, &tree::read(root, "ci/unsafe-modules")?),
+        ("sizes", []) => Ok(sizes::check(&Tree::read(root)?)),
+        ("licenses", []) => licenses::check(&standard_input()?, &tree::read(root, "ci/licenses")?),
         ("json", keys) => Ok(json::check(&standard_input()?, keys)),
         _ => bail!("usage: underpass-ci layers | unsafe | sizes | licenses | json KEY..."),
     }

@@ -414,7 +414,7 @@ fn dif_blocks(src: &[u8], dif: &Dif, mut good: impl FnMut(usize, &[u8])) -> Resu
         let Some((data, tuple)) = block.split_last_chunk() else {
             break;
         };
-        let verdict = ops::dif_check(data, tuple, dif, index as u32);
+        let verdict = ops::dif_check(data, *tuple, dif, index as u32);
         if !verdict.is_good() {
             let DifVerdict { guard_bad: guard, app_tag_bad: app_tag, ref_tag_bad: ref_tag } = verdict;
             return Err(JobError::Dif { completed: (index * size) as u32, guard, app_tag, ref_tag });

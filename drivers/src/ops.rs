@@ -162,8 +162,8 @@ impl DifVerdict {
 /// Checks the protection information of `data`, which is block `index` of its transfer. The escapes of T10 (an
 /// application tag of all ones switches checks off) do not apply: a device does them only where the descriptor
 /// asks for it, which [`Dif`] does not.
-pub(crate) fn dif_check(data: &[u8], tuple: &[u8; DIF_TUPLE], dif: &Dif, index: u32) -> DifVerdict {
-    let [g0, g1, a0, a1, r0, r1, r2, r3] = *tuple;
+pub(crate) fn dif_check(data: &[u8], tuple: [u8; DIF_TUPLE], dif: &Dif, index: u32) -> DifVerdict {
+    let [g0, g1, a0, a1, r0, r1, r2, r3] = tuple;
     let app_tag_difference = u16::from_be_bytes([a0, a1]) ^ dif_app_tag(dif, index);
     DifVerdict {
         guard_bad: !dif.skip_guard_check && u16::from_be_bytes([g0, g1]) != dif_guard(data, dif),
@@ -298,17 +298,17 @@ mod tests {
         let dif = Dif { app_tag: 7, app_tag_mask: 0xff00, ref_tag: 9, ..Dif::new(DifBlock::B512) };
         let data = [0x5a; 512];
         let good = dif_tuple(&data, &dif, 3);
-        assert!(dif_check(&data, &good, &dif, 3).is_good());
+        assert!(dif_check(&data, good, &dif, 3).is_good());
         let with = |at: usize| {
             let mut bad = good;
             bad[at] ^= 1;
-            dif_check(&data, &bad, &dif, 3)
+            dif_check(&data, bad, &dif, 3)
         };
         assert_eq!(with(1), DifVerdict { guard_bad: true, ..DifVerdict::default() });
         assert_eq!(with(2), DifVerdict::default(), "masked");
         assert_eq!(with(3), DifVerdict { app_tag_bad: true, ..DifVerdict::default() });
         assert_eq!(with(7), DifVerdict { ref_tag_bad: true, ..DifVerdict::default() });
         let lax = Dif { skip_guard_check: true, skip_ref_tag_check: true, ..dif };
-        assert!(dif_check(&[0; 512], &good, &lax, 40).is_good());
+        assert!(dif_check(&[0; 512], good, &lax, 40).is_good());
     }
 }

@@ -83,9 +83,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
     if let Some(wqs) = address.number("wqs", SOFT_WQS)? {
         profile.wqs = wqs;
     }
-    if let Some(engines) = address.number("engines", SOFT_ENGINES)? {
-        profile.engines = engines;
-    }
+    profile.engines = address.number("engines", SOFT_ENGINES)?.unwrap_or(1);
     let mode = address.choice("mode", &[("dedicated", WqMode::Dedicated), ("shared", WqMode::Shared)])?;
     let check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
     let mut options = SoftOptions { check_leases, ..SoftOptions::default() };

@@ -20,8 +20,10 @@ use underpass::accel::{
 use underpass::dma::DmaBuf;
 use underpass::iommu::SvaToken;
 use underpass::{Access, Burst, ErrorKind, Iova, Region};
+use underpass_drivers::dsa::model::DsaProfile;
 
 use reference::Expected;
+use rig::stepped::Stepped;
 use rig::{Align, Arena, Flavour, PATIENCE, Random, Rig, burst, collect, make, roles, run};
 
 /// An accelerator under test.
@@ -109,7 +111,20 @@ subject!(dsa_engines: Subject { open: || Subject::open("soft:dsa,engines=3"), sv
 subject!(dsa_leases: Subject { open: || Subject::open("soft:dsa,check=leases"), sva: false, pointers: false });
 subject!(dsa_shared: Subject { open: || Subject::open("soft:dsa,mode=shared"), sva: false, pointers: false });
 subject!(dsa_no_pasid: Subject { open: || Subject::open("soft:dsa,pasids=0"), sva: false, pointers: false });
+subject!(dsa_stepped: Subject { open: small_stepped_dsa, sva: false, pointers: false });
 subject!(dsa_sva: Subject { open: || Subject::open("soft:dsa"), sva: true, pointers: true });
+
+/// A device whose maxima a test can reach.
+fn small_stepped_dsa() -> Box<dyn Accelerator> {
+    let profile = DsaProfile {
+        wqs: 2,
+        engines: 2,
+        max_transfer_shift: 21,
+        max_batch_shift: 4,
+        ..DsaProfile::default()
+    };
+    Box::new(Stepped::open(profile))
+}
 
 /// The kinds that the channel does, without the probe, which needs an address.
 fn kinds(channel: &dyn Channel) -> Vec<OpKind> {
@@ -295,7 +310,7 @@ fn shapes_that_do_not_fit_are_rejected(subject: &Subject) {
         buf
     };
     cases.extend([
-        (Reason::Alignment, Op::Dualcast { src: odd(8).into(), dst1: odd(8), dst2: arena_page(&mut odd) }),
+        (Reason::Alignment, Op::Dualcast { src: odd(8).into(), dst1: odd(8), dst2: further_on(&mut odd) }),
         (
             Reason::Alignment,
             Op::CreateDelta { original: odd(8).into(), modified: odd(8).into(), delta: odd(80) },
@@ -315,8 +330,8 @@ fn shapes_that_do_not_fit_are_rejected(subject: &Subject) {
     );
 }
 
-/// 8 bytes that do not start where those of `odd` do.
-fn arena_page(odd: &mut dyn FnMut(usize) -> DmaBuf) -> DmaBuf {
+/// 8 bytes that do not start in their page where those of `odd` do.
+fn further_on(odd: &mut dyn FnMut(usize) -> DmaBuf) -> DmaBuf {
     odd(12).split_off(4)
 }
 

@@ -343,7 +343,7 @@ fn a_status_is_believed_only_where_it_can_be_true() {
                         1 => [u64::MAX; 3],
                         2 => [stage.rig.random.next(), stage.rig.random.next(), stage.rig.random.next()],
                         // Sizes of delta records: some that can be.
-                        _ => [0x1000, stage.rig.random.below(30) as u64 * 5, 0],
+                        _ => [0x1000, stage.rig.random.below(60) as u64 * 5, 0],
                     };
                     let descriptor = stage.submit(job);
                     stage.answer(&descriptor, handshake(Status(status), result, completed), words);
@@ -391,7 +391,8 @@ fn impossible_answers_are_called_lies() {
     lies(OpKind::Compare, handshake(Status::SUCCESS, 1, 4096), [0; 3]);
     lies(OpKind::Compare, handshake(Status::SUCCESS, 2, 0), [0; 3]);
     // Delta records: longer than the buffer, of no whole entries, empty and yet different.
-    lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 1, 0), [0, 1 << 31, 0]);
+    lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 1, 0), [0, 4_000_000_000, 0]);
+    lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 2, 0), [0, 200, 0]);
     lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 1, 0), [0, 15, 0]);
     lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 1, 0), [0, 0, 0]);
     lies(OpKind::CreateDelta, handshake(Status::SUCCESS, 0, 0), [0, 10, 0]);
@@ -478,11 +479,15 @@ fn completions_of_jobs_that_do_not_exist_are_ignored() {
     let jobs: Vec<Descriptor> = (0..4).map(|tag| stage.submit(Job::new(Op::Nop).tag(tag))).collect();
     let mut records: HashSet<u64> = jobs.iter().map(|job| job.completion).collect();
     assert_eq!(records.len(), 4);
-    jobs.iter().for_each(|job| stage.answer(job, success(), [0; 3]));
+    for job in &jobs {
+        stage.answer(job, success(), [0; 3]);
+    }
     assert_eq!(stage.poll().len(), 4);
     let (batch, members) = stage.submit_batch((0..4).map(|_| Job::new(Op::Nop)).collect());
     records.extend(members.iter().map(|member| member.completion));
-    members.iter().for_each(|member| stage.answer(member, success(), [0; 3]));
+    for member in &members {
+        stage.answer(member, success(), [0; 3]);
+    }
     stage.answer(&batch, success(), [0; 3]);
     assert_eq!(stage.poll().len(), 4);
 

@@ -247,64 +247,60 @@ fn op(shape: &Shape, bufs: Vec<DmaBuf>) -> Option<Op> {
 }
 
 impl Slot {
-    /// The job's buffers, in the order that its operation names them.
-    fn buffers(&mut self) -> impl Iterator<Item = &mut DmaBuf> {
-        fn own(source: &mut Source) -> Option<&mut DmaBuf> {
-            match source {
-                Source::Owned(buf) => Some(buf),
-                Source::Shared(_) => None,
-            }
-        }
-        let all = match self.job.as_mut().map(|job| &mut job.op) {
-            None | Some(Op::Nop | Op::Drain | Op::Probe { .. }) => [None, None, None],
-            Some(
-                Op::Copy { src, dst }
-                | Op::CopyCrc { src, dst, .. }
-                | Op::DifInsert { src, dst, .. }
-                | Op::DifStrip { src, dst, .. }
-                | Op::DifUpdate { src, dst, .. }
-                | Op::ApplyDelta { delta: src, dst, .. },
-            ) => [own(src), Some(dst), None],
-            Some(Op::Compare { a, b }) => [own(a), own(b), None],
-            Some(Op::CreateDelta { original, modified, delta }) => {
-                [own(original), own(modified), Some(delta)]
-            }
-            Some(Op::Dualcast { src, dst1, dst2 }) => [own(src), Some(dst1), Some(dst2)],
-            Some(Op::CopyWithin { buf, .. } | Op::Fill { dst: buf, .. } | Op::CacheFlush { buf }) => {
-                [Some(buf), None, None]
-            }
-            Some(Op::ComparePattern { src, .. } | Op::Crc { src, .. } | Op::DifCheck { src, .. }) => {
-                [own(src), None, None]
-            }
-        };
-        all.into_iter().flatten()
-    }
-
     fn write(&mut self, contents: &Contents) {
-        for (buf, before) in self.buffers().zip(&contents.before) {
+        for (buf, before) in buffers(&mut self.job).zip(&contents.before) {
             buf.copy_from_slice(before);
         }
     }
 
     fn holds(&mut self, contents: &[Vec<u8>]) -> bool {
-        self.buffers().zip(contents).all(|(buf, after)| **buf == **after)
+        buffers(&mut self.job).zip(contents).all(|(buf, after)| **buf == **after)
     }
 
     /// Copies a job's bytes of data, in a way that leaves what the job reads as it is.
     #[inline]
     fn memcpy(&mut self, shape: &Shape) {
-        let mut spare = self.spare.take();
-        let mut bufs = self.buffers();
+        // Writes nothing to the slot itself: the driver's core would have to fetch it back.
+        let (mut bufs, spare) = (buffers(&mut self.job), self.spare.as_mut());
         let (src, dst) = match shape.kind {
-            OpKind::Fill | OpKind::CopyWithin => (spare.as_mut(), bufs.next()),
-            OpKind::ApplyDelta => (spare.as_mut(), bufs.nth(1)),
-            _ if spare.is_some() => (bufs.next(), spare.as_mut()),
+            OpKind::Fill | OpKind::CopyWithin => (spare, bufs.next()),
+            OpKind::ApplyDelta => (spare, bufs.nth(1)),
+            _ if spare.is_some() => (bufs.next(), spare),
             _ => (bufs.next(), bufs.next()),
         };
         if let (Some(src), Some(dst)) = (src, dst) {
             dst[..shape.size].copy_from_slice(&src[..shape.size]);
         }
-        drop(bufs);
-        self.spare = spare;
     }
+}
+
+/// The job's buffers, in the order that its operation names them.
+fn buffers(job: &mut Option<Job>) -> impl Iterator<Item = &mut DmaBuf> {
+    fn own(source: &mut Source) -> Option<&mut DmaBuf> {
+        match source {
+            Source::Owned(buf) => Some(buf),
+            Source::Shared(_) => None,
+        }
+    }
+    let all = match job.as_mut().map(|job| &mut job.op) {
+        None | Some(Op::Nop | Op::Drain | Op::Probe { .. }) => [None, None, None],
+        Some(
+            Op::Copy { src, dst }
+            | Op::CopyCrc { src, dst, .. }
+            | Op::DifInsert { src, dst, .. }
+            | Op::DifStrip { src, dst, .. }
+            | Op::DifUpdate { src, dst, .. }
+            | Op::ApplyDelta { delta: src, dst, .. },
+        ) => [own(src), Some(dst), None],
+        Some(Op::Compare { a, b }) => [own(a), own(b), None],
+        Some(Op::CreateDelta { original, modified, delta }) => [own(original), own(modified), Some(delta)],
+        Some(Op::Dualcast { src, dst1, dst2 }) => [own(src), Some(dst1), Some(dst2)],
+        Some(Op::CopyWithin { buf, .. } | Op::Fill { dst: buf, .. } | Op::CacheFlush { buf }) => {
+            [Some(buf), None, None]
+        }
+        Some(Op::ComparePattern { src, .. } | Op::Crc { src, .. } | Op::DifCheck { src, .. }) => {
+            [own(src), None, None]
+        }
+    };
+    all.into_iter().flatten()
 }

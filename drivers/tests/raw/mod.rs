@@ -1,6 +1,9 @@
 //! The DSA model from the outside: registers by offset and descriptors by byte, written from the specification and
 //! not from `spec.rs`, so that a slip there does not cancel itself out.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a rig that can not be built fails its test")]
+
 use std::sync::Arc;
 
 use underpass::bar::Bar;
@@ -113,17 +116,22 @@ impl Rig {
 
     /// A device as it is after a reset.
     pub(crate) fn disabled(profile: DsaProfile) -> Self {
+        Self::disabled_and_run_by(profile, Run::Stepped)
+    }
+
+    pub(crate) fn disabled_and_run_by(profile: DsaProfile, run: Run) -> Self {
         let iommu = SoftIommu::new(SoftOptions::default());
         let device =
-            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, Run::Stepped).unwrap();
+            PciDevice::in_process("soft:dsa", Box::new(DsaModel::new(profile)), &iommu, run).unwrap();
         device.set_bus_master(true).unwrap();
         let pasid = Pasid::new(7).unwrap();
         let ioas = iommu.alloc_ioas().unwrap();
         let attachment = ioas.attach(&device, Some(pasid)).unwrap();
-        let region = Region::builder(4 << 20).build().unwrap();
-        let writable = ioas.map(&region, Access::READ_WRITE).unwrap();
+        // First, so that nothing is mapped behind the memory.
         let constant = Region::builder(64 << 10).build().unwrap();
         let readable = ioas.map(&constant, Access::READ).unwrap();
+        let region = Region::builder(4 << 20).build().unwrap();
+        let writable = ioas.map(&region, Access::READ_WRITE).unwrap();
         let regs = device.bar(0).unwrap();
         let offsets = regs.read64(0x60);
         let stride = 32 << (regs.read64(0x20) >> 24 & 0xf);
@@ -157,7 +165,7 @@ impl Rig {
             self.regs.write32(self.wqcfg(wq, 0), 16);
             self.regs.write32(self.wqcfg(wq, 1), 8);
             self.regs.write32(self.wqcfg(wq, 2), dedicated | 1 << 4 | self.pasid << 8 | 1 << 28);
-            self.regs.write32(self.wqcfg(wq, 3), 21 | 5 << 5);
+            self.regs.write32(self.wqcfg(wq, 3), 0x15 | 5 << 5);
         }
         for vector in 0..9 {
             self.regs.write32(0x200 + 8 * vector, 1 << 3 | self.pasid << 12);

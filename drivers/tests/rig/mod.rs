@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod stepped;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -190,43 +190,6 @@ fn tags(dif: &Dif) -> DifTags {
     DifTags::new().with_ref_tag(dif.ref_tag).with_app_tag(dif.app_tag).with_app_tag_mask(dif.app_tag_mask)
 }
 
-/// Calls `each` with every buffer of the operation and what the device does to it.
-#[inline]
-pub(super) fn for_each_buffer(op: &Op, mut each: impl FnMut(&DmaBuf, Access)) {
-    match op {
-        Op::Nop | Op::Drain | Op::Probe { .. } => {}
-        Op::Fill { dst, .. } => each(dst, Access::WRITE),
-        Op::CopyWithin { buf, .. } => each(buf, Access::READ_WRITE),
-        Op::CacheFlush { buf } => each(buf, Access::READ),
-        Op::ComparePattern { src, .. } | Op::Crc { src, .. } | Op::DifCheck { src, .. } => {
-            each(src.buf(), Access::READ);
-        }
-        Op::Copy { src, dst }
-        | Op::CopyCrc { src, dst, .. }
-        | Op::DifInsert { src, dst, .. }
-        | Op::DifStrip { src, dst, .. }
-        | Op::DifUpdate { src, dst, .. }
-        | Op::ApplyDelta { delta: src, dst, .. } => {
-            each(src.buf(), Access::READ);
-            each(dst, Access::WRITE);
-        }
-        Op::Compare { a, b } => {
-            each(a.buf(), Access::READ);
-            each(b.buf(), Access::READ);
-        }
-        Op::CreateDelta { original, modified, delta } => {
-            each(original.buf(), Access::READ);
-            each(modified.buf(), Access::READ);
-            each(delta, Access::WRITE);
-        }
-        Op::Dualcast { src, dst1, dst2 } => {
-            each(src.buf(), Access::READ);
-            each(dst1, Access::WRITE);
-            each(dst2, Access::WRITE);
-        }
-    }
-}
-
 const fn lied<T>(why: &'static str) -> Result<T, JobError> {
     Err(JobError::Lied { why })
 }

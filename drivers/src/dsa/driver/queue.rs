@@ -21,12 +21,12 @@ use underpass::iommu::OwnedPasid;
 use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
-use super::job::{DONE, encode, for_each_buffer, is_plain_success, judge, without_status};
+use super::job::{DONE, encode, is_plain_success, judge, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
     CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
 };
-use crate::shape::{check_shape, transfer_size};
+use crate::shape::{check_shape, operands, transfer_size};
 
 /// How many polls in a row may find the oldest submission unfinished before one looks at the clock.
 const POLLS_PER_CLOCK: u32 = 64;
@@ -227,17 +227,17 @@ impl WorkQueue {
     #[inline]
     fn lend(&self, op: &Op) {
         if self.leased {
-            for_each_buffer(op, |buf, access| {
+            for (buf, access) in operands(op) {
                 let lent = self.space.dma.hand_out(buf, access);
                 debug_assert!(lent.is_some(), "encode found it mapped");
-            });
+            }
         }
     }
 
     #[inline]
     fn take_back(&self, op: &Op) {
         if self.leased {
-            for_each_buffer(op, |buf, access| self.space.dma.take_back(buf, access));
+            operands(op).for_each(|(buf, access)| self.space.dma.take_back(buf, access));
         }
     }
 
@@ -364,7 +364,7 @@ impl WorkQueue {
         self.set_state(State::Gone);
         self.memory.leak();
         for job in self.jobs.drain(..) {
-            for_each_buffer(&job.op, |buf, _| buf.region().leak());
+            operands(&job.op).for_each(|(buf, _)| buf.region().leak());
         }
         self.order.clear();
         self.outstanding = 0;

@@ -12,9 +12,7 @@ use super::command;
 use super::device::{Device, Snapshot};
 use super::execute::{Job, Outcome, Progress, Scratch};
 use super::queue::Settings;
-use super::spec::{
-    CompletionRecord, Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag,
-};
+use super::spec::{Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag};
 
 /// What one step may do, in bytes of data.
 const STEP_BUDGET: usize = 256 * 1024;
@@ -204,7 +202,9 @@ impl Core {
         for _ in 0..=self.queues.len() {
             let Some(&wq) = self.queues.get(self.turn) else { return false };
             let queue = &self.device.queues[wq];
+            // Asked first: taking from an empty queue costs a fence.
             if self.credit > 0
+                && !queue.is_empty()
                 && let Some(entry) = queue.take()
             {
                 self.credit -= 1;
@@ -251,7 +251,7 @@ impl Core {
     fn start(&mut self, descriptor: &Descriptor) {
         match check(&self.device, &self.origin, descriptor) {
             Err(Refusal { status, invalid_flags }) => {
-                let outcome = Outcome { specific: [invalid_flags.into(), 0], ..Outcome::new(status) };
+                let outcome = Outcome::new(status).with_specific([invalid_flags.into(), 0]);
                 self.complete(descriptor, &outcome);
             }
             Ok(Opcode::Batch) => {
@@ -334,12 +334,12 @@ impl Core {
 
     /// The batch is over, because all of it is done, a fence stopped it, or its list can not be read.
     fn end_batch(&mut self, fault: Option<DmaFault>) {
-        let mut outcome = match fault {
+        let outcome = match fault {
             Some(fault) => Outcome::new(Status::BATCH_PAGE_FAULT).fault_at(fault.iova),
             None if self.batch.failed => Outcome::new(Status::BATCH_FAILED),
             None => Outcome::new(Status::SUCCESS),
         };
-        outcome.completed = self.batch.taken;
+        let outcome = outcome.with_completed(self.batch.taken);
         self.in_batch = false;
         self.origin.in_batch = false;
         let descriptor = self.batch.descriptor;
@@ -350,16 +350,16 @@ impl Core {
     #[inline]
     fn complete(&mut self, descriptor: &Descriptor, outcome: &Outcome) {
         let flags = descriptor.flags();
-        let success = outcome.status == Status::SUCCESS;
+        let success = outcome.status() == Status::SUCCESS;
         if has_record(descriptor) {
             if flags & flag::REQUEST_COMPLETION != 0 || !success {
                 self.write_record(descriptor, outcome);
             }
         } else if !success {
-            let address = outcome.fault_address;
-            self.report(descriptor, outcome.status.0, outcome.invalid_flags(), address);
+            let address = outcome.0.fault_address;
+            self.report(descriptor, outcome.status().0, outcome.invalid_flags(), address);
         }
-        if flags & flag::REQUEST_INTERRUPT != 0 && outcome.status != Status::INTERRUPT_HANDLE {
+        if flags & flag::REQUEST_INTERRUPT != 0 && outcome.status() != Status::INTERRUPT_HANDLE {
             self.signal(descriptor);
         }
         if self.in_batch {
@@ -388,14 +388,7 @@ impl Core {
     /// Writes the completion record, the handshake word last.
     #[inline]
     fn write_record(&mut self, descriptor: &Descriptor, outcome: &Outcome) {
-        let record = CompletionRecord {
-            handshake: Handshake::new()
-                .with_status(outcome.status.0)
-                .with_result(outcome.result)
-                .with_completed(outcome.completed),
-            fault_address: outcome.fault_address,
-            specific: outcome.specific,
-        };
+        let record = &outcome.0;
         let (at, pasid) = (Iova::new(descriptor.completion), self.origin.pasid);
         let rest = HANDSHAKE + size_of::<Handshake>();
         let written = self

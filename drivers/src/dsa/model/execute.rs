@@ -8,7 +8,7 @@ use underpass::model::{Bus, DmaFault};
 use underpass::{Iova, Pasid};
 
 use super::engine::fault_status;
-use super::spec::{Descriptor, Opcode, Status, compare_result, flag};
+use super::spec::{CompletionRecord, Descriptor, Handshake, Opcode, Status, compare_result, flag};
 use crate::ops;
 
 /// Bytes that pass through the scratch buffer at once, at most.
@@ -16,33 +16,54 @@ const PIECE: usize = 64 * 1024;
 
 /// How an operation ended: what the completion record says.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Outcome {
-    pub(super) status: Status,
-    pub(super) result: u8,
-    pub(super) completed: u32,
-    pub(super) fault_address: u64,
-    pub(super) specific: [u64; 2],
-}
+pub(super) struct Outcome(pub(super) CompletionRecord);
 
 impl Outcome {
     #[inline]
     pub(super) const fn new(status: Status) -> Self {
-        Self { status, result: 0, completed: 0, fault_address: 0, specific: [0; 2] }
+        let handshake = Handshake::new().with_status(status.0);
+        Self(CompletionRecord { handshake, fault_address: 0, specific: [0; 2] })
     }
 
     /// A fault on an operand, after `completed` bytes.
     fn fault(fault: &DmaFault, completed: u64) -> Self {
-        Self { completed: completed as u32, ..Self::new(fault_status(fault)) }.fault_at(fault.iova)
+        Self::new(fault_status(fault)).with_completed(completed as u32).fault_at(fault.iova)
     }
 
     pub(super) fn fault_at(mut self, iova: Iova) -> Self {
-        self.fault_address = iova.get();
+        self.0.fault_address = iova.get();
+        self
+    }
+
+    #[inline]
+    pub(super) fn status(&self) -> Status {
+        Status(self.0.handshake.status())
+    }
+
+    fn with_status(mut self, status: Status) -> Self {
+        self.0.handshake.set_status(status.0);
+        self
+    }
+
+    fn with_result(mut self, result: u8) -> Self {
+        self.0.handshake.set_result(result);
+        self
+    }
+
+    #[inline]
+    pub(super) fn with_completed(mut self, completed: u32) -> Self {
+        self.0.handshake.set_completed(completed);
+        self
+    }
+
+    pub(super) fn with_specific(mut self, specific: [u64; 2]) -> Self {
+        self.0.specific = specific;
         self
     }
 
     /// After invalid flags: which.
     pub(super) fn invalid_flags(&self) -> u32 {
-        if self.status == Status::INVALID_FLAGS { self.specific[0] as u32 } else { 0 }
+        if self.status() == Status::INVALID_FLAGS { self.0.invalid_flags() } else { 0 }
     }
 }
 
@@ -164,7 +185,7 @@ impl Job {
 
     #[inline]
     fn success(&self) -> Outcome {
-        Outcome { completed: self.done as u32, ..Outcome::new(Status::SUCCESS) }
+        Outcome::new(Status::SUCCESS).with_completed(self.done as u32)
     }
 
     /// A fault `done` bytes into this piece.
@@ -184,7 +205,7 @@ impl Job {
         if let Err(fault) = bus.copy(pasid, from, to, len) {
             // A piece that does not overlap itself is copied from its start; done again, it gives the same.
             let done = if backward && distance >= len { 0 } else { fault.done };
-            return Progress::Finished(Outcome { result: backward.into(), ..self.fault(&fault, done) });
+            return Progress::Finished(self.fault(&fault, done).with_result(backward.into()));
         }
         match self.did(len as usize) {
             Ok(()) => Progress::More,
@@ -227,7 +248,7 @@ impl Job {
         let expected =
             self.descriptor.flags() & flag::CHECK_RESULT == 0 || self.descriptor.expected_result() == result;
         let status = if expected { Status::SUCCESS } else { Status::FALSE_PREDICATE };
-        Outcome { status, result, ..self.success() }
+        self.success().with_status(status).with_result(result)
     }
 
     fn dualcast(&mut self, context: Context) -> Result<(), Outcome> {
@@ -281,7 +302,7 @@ impl Job {
             Some(fault) => Err(self.fault(&fault, copied as u64)),
             None => self.did(len),
         };
-        ended.map_err(|outcome| Outcome { specific: [value.into(), 0], ..outcome })
+        ended.map_err(|outcome| outcome.with_specific([value.into(), 0]))
     }
 
     fn flush(&mut self, bus: &mut Bus, pasid: Option<Pasid>, budget: usize) -> Result<(), Outcome> {

@@ -49,11 +49,11 @@ impl Job {
         let expected = self.descriptor.flags() & flag::CHECK_RESULT == 0
             || self.descriptor.expected_result_mask() & 1 << result != 0;
         let status = if expected { Status::SUCCESS } else { Status::FALSE_PREDICATE };
-        self.delta(Outcome { status, result, ..self.success() })
+        self.delta(self.success().with_status(status).with_result(result))
     }
 
     fn delta(&self, outcome: Outcome) -> Outcome {
-        Outcome { specific: [self.carry.into(), 0], ..outcome }
+        outcome.with_specific([self.carry.into(), 0])
     }
 
     /// `done` counts the bytes of the record, `carry` is the lowest unit that may come.
@@ -66,10 +66,10 @@ impl Job {
         for [low, high, new @ ..] in entries {
             let unit = u32::from(u16::from_le_bytes([*low, *high]));
             if unit < self.carry {
-                return Err(Outcome { status: Status::DELTA_ORDER, ..self.success() });
+                return Err(self.success().with_status(Status::DELTA_ORDER));
             }
             if unit * 8 >= self.descriptor.size {
-                return Err(Outcome { status: Status::DELTA_OFFSET, ..self.success() });
+                return Err(self.success().with_status(Status::DELTA_OFFSET));
             }
             let at = Iova::new(self.descriptor.destination).wrapping_add((unit * 8).into());
             bus.write(pasid, at, new).map_err(|fault| self.fault(&fault, 0))?;

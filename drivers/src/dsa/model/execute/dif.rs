@@ -55,7 +55,7 @@ impl Job {
         }
         self.done += (blocks * unit) as u64;
         if wrong != 0 {
-            let outcome = Outcome { status: Status::DIF_ERROR, result: wrong, ..self.success() };
+            let outcome = self.success().with_status(Status::DIF_ERROR).with_result(wrong);
             return Err(self.at_block(outcome, unit));
         }
         if let Some(fault) = source.fault {
@@ -77,7 +77,7 @@ impl Job {
             return 0;
         }
         let dif = source_dif(control, self.descriptor.dif_source_tags(), flags);
-        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, &tuple, &dif, index);
+        let DifVerdict { guard_bad, app_tag_bad, ref_tag_bad } = ops::dif_check(data, tuple, &dif, index);
         let bit = |bad, bit| if bad { bit } else { 0 };
         bit(guard_bad, dif_result::GUARD)
             | bit(app_tag_bad, dif_result::APP_TAG)
@@ -108,7 +108,7 @@ impl Job {
     /// Adds to `outcome` the tags of the block after those that it counts as completed.
     fn at_block(&self, outcome: Outcome, unit: usize) -> Outcome {
         let control = self.descriptor.dif_control();
-        let index = outcome.completed / unit as u32;
+        let index = outcome.0.handshake.completed() / unit as u32;
         let advance = |tags: DifTags, increments_app: bool, fixed_ref: bool| {
             let app = if increments_app { index as u16 } else { 0 };
             let reference = if fixed_ref { 0 } else { index };
@@ -126,7 +126,7 @@ impl Job {
             Opcode::DifUpdate => [source, destination],
             _ => [source, 0],
         };
-        Outcome { specific, ..outcome }
+        outcome.with_specific(specific)
     }
 }
 
