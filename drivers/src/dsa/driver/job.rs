@@ -198,20 +198,21 @@ const fn lied<T>(why: &'static str) -> Result<T, JobError> {
 pub(super) const DONE: Outcome =
     Outcome { matched: true, delta_overflow: false, crc: 0, delta_len: 0, mismatch_at: 0 };
 
-/// Whether the answer to `op` is that it was done, and that is all there is to say: most are. Its outcome is [`DONE`].
+/// Whether the answer to `op`, of this transfer size, is that it was done, and that is all there is to say: most are.
+/// Its outcome is [`DONE`].
 #[inline]
-pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
-    handshake.status() == Status::SUCCESS.0
-        && !has_result(op)
-        && handshake.completed() as usize <= completable(op)
+pub(super) fn is_plain_success(op: &Op, size: usize, handshake: Handshake) -> bool {
+    handshake.status() == Status::SUCCESS.0 && !has_result(op) && handshake.completed() as usize <= size
 }
 
+/// Whether there is more to an answer than its status and a transfer size.
 const fn has_result(op: &Op) -> bool {
     matches!(
         op,
         Op::Compare { .. }
             | Op::ComparePattern { .. }
             | Op::CreateDelta { .. }
+            | Op::ApplyDelta { .. }
             | Op::Crc { .. }
             | Op::CopyCrc { .. }
     )

@@ -6,7 +6,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::iter;
 use std::mem;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -49,16 +51,26 @@ pub(super) struct Place {
     pub deadline: Duration,
 }
 
+/// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in the
+/// record, and what the job wrote to memory, is visible once this has a status.
+#[inline]
+fn handshake(records: &Records<CompletionRecord>, record: usize) -> Handshake {
+    Handshake::from_bits(records.word(record, HANDSHAKE).load(Ordering::Acquire))
+}
+
 const VACANT: Job = Job::new(Op::Nop);
 
 /// What is in one entry.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug)]
 struct Entry {
-    /// Jobs in the batch; 0 is a single job.
-    members: u32,
-    /// Members that are back with the application.
-    delivered: u32,
-    /// The batch's handshake word, once it had a status: read once, because it is used over several polls.
+    /// Its jobs, with room for the largest batch; [`VACANT`] ones for those that are back with the application. (To
+    /// take jobs out one by one would move each as an `Option`, whose tag lies in the job's padding: in pieces, at
+    /// twice the cost.)
+    jobs: Burst<Job>,
+    is_batch: bool,
+    /// Jobs that are back with the application.
+    delivered: usize,
+    /// The handshake word, once it had a status: read once, because it may be used over several polls.
     answer: Handshake,
 }
 
@@ -75,9 +87,6 @@ pub(super) struct WorkQueue {
     /// Leases are checked, so that buffers must be registered.
     leased: bool,
 
-    /// `max_batch` an entry; a [`VACANT`] one where none is with the device. (An `Option` would put its tag into
-    /// the job's padding, and moving it in pieces costs three times as much.)
-    jobs: Vec<Job>,
     entries: Vec<Entry>,
     free: Vec<u32>,
     /// Entries with the device, in the order of submission.
@@ -116,6 +125,12 @@ impl WorkQueue {
         let mut lists = DmaBuf::new(Arc::clone(&memory))?;
         let records = lists.split_off(lists_len).split_to(records_len);
 
+        let entry = || Entry {
+            jobs: Burst::with_capacity(limits.max_batch),
+            is_batch: false,
+            delivered: 0,
+            answer: Handshake::new(),
+        };
         let interrupt = if place.interrupt.is_some() { flag::REQUEST_INTERRUPT } else { 0 };
         let pasid = if place.dedicated { None } else { space.pasid.as_ref().map(OwnedPasid::get) };
         Ok(Self {
@@ -125,8 +140,7 @@ impl WorkQueue {
             write_flags: if place.cache_control { flag::CACHE_CONTROL } else { 0 },
             context: Context::new().with_pasid(pasid.map_or(0, Pasid::get)),
             leased: space.dma.checks_leases(),
-            jobs: std::iter::repeat_with(|| VACANT).take(depth * limits.max_batch).collect(),
-            entries: vec![Entry::default(); depth],
+            entries: iter::repeat_with(entry).take(depth).collect(),
             free: (0..depth as u32).rev().collect(),
             order: VecDeque::with_capacity(depth),
             outstanding: 0,
@@ -177,15 +191,15 @@ impl WorkQueue {
         descriptor
     }
 
-    /// Where in `jobs`, `lists` and the batches' part of `records` member 0 of an entry is.
+    /// Where in `lists` and the batches' part of `records` member 0 of an entry is.
     #[inline]
     fn first_member(&self, entry: u32) -> usize {
         entry as usize * self.limits.max_batch
     }
 
     #[inline]
-    fn member_record(&self, entry: u32, member: u32) -> usize {
-        self.limits.depth + self.first_member(entry) + member as usize
+    fn member_record(&self, entry: u32, member: usize) -> usize {
+        self.limits.depth + self.first_member(entry) + member
     }
 
     /// Makes the record ready to be written by the device, and the descriptor point to it.
@@ -197,13 +211,6 @@ impl WorkQueue {
         descriptor.completion = self.records.iova(record).get();
         descriptor.operation |= flags;
         descriptor.context = self.context;
-    }
-
-    /// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in
-    /// the record, and what the job wrote to memory, is visible once this has a status.
-    #[inline]
-    fn handshake(&self, record: usize) -> Handshake {
-        Handshake::from_bits(self.records.word(record, HANDSHAKE).load(Ordering::Acquire))
     }
 
     /// Writes a descriptor to the portal. False: a shared queue says "retry".
@@ -224,29 +231,30 @@ impl WorkQueue {
         accepted
     }
 
-    #[inline]
+    /// Registers the leases of an operation that was admitted. Needed only where they are checked.
     fn lend(&self, op: &Op) {
-        if self.leased {
-            for (buf, access) in operands(op) {
-                let lent = self.space.dma.hand_out(buf, access);
-                debug_assert!(lent.is_some(), "encode found it mapped");
-            }
+        for (buf, access) in operands(op) {
+            let lent = self.space.dma.hand_out(buf, access);
+            debug_assert!(lent.is_some(), "encode found it mapped");
         }
     }
 
-    #[inline]
+    /// The opposite of [`lend`](Self::lend).
     fn take_back(&self, op: &Op) {
-        if self.leased {
-            operands(op).for_each(|(buf, access)| self.space.dma.take_back(buf, access));
-        }
+        operands(op).for_each(|(buf, access)| self.space.dma.take_back(buf, access));
     }
 
-    /// An entry is with the device.
+    /// The entry that was vacant is with the device; returns where its jobs go.
     #[inline]
-    fn submitted(&mut self, entry: u32, members: u32) {
+    fn submitted(&mut self, entry: u32, is_batch: bool, count: usize) -> &mut Burst<Job> {
         self.free.pop();
         self.order.push_back(entry);
-        self.entries[entry as usize] = Entry { members, ..Entry::default() };
+        self.outstanding += count;
+        let entry = &mut self.entries[entry as usize];
+        entry.is_batch = is_batch;
+        entry.delivered = 0;
+        entry.answer = Handshake::new();
+        &mut entry.jobs
     }
 
     /// Moves the jobs of an entry to `done`, for as long as they fit; says whether all did. `answer` without a
@@ -259,58 +267,64 @@ impl WorkQueue {
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
     ) -> bool {
-        let first = self.first_member(entry);
-        let Entry { members, delivered, .. } = self.entries[entry as usize];
-        if members == 0 {
-            if done.is_full() {
-                return false;
-            }
-            let missing = || JobError::Reset;
-            self.finish(first, answer, entry as usize, missing, done, sum);
-            return true;
+        let Entry { is_batch, delivered, ref jobs, .. } = self.entries[entry as usize];
+        let now = jobs.len().min(delivered + done.room());
+        let all = now == jobs.len();
+        if is_batch {
+            let record = self.member_record(entry, delivered);
+            let missing = |index| without_status(answer, (delivered + index) as u32);
+            self.finish(entry, delivered..now, record, handshake, missing, done, sum);
+        } else {
+            self.finish(entry, 0..now, entry as usize, |_, _| answer, |_| JobError::Reset, done, sum);
         }
-        let now = members.min(delivered + done.room() as u32);
-        for member in delivered..now {
-            let record = self.member_record(entry, member);
-            let missing = || without_status(answer, member);
-            self.finish(first + member as usize, self.handshake(record), record, missing, done, sum);
+        let entry = &mut self.entries[entry as usize];
+        entry.delivered = now;
+        if all {
+            entry.jobs.clear();
         }
-        self.entries[entry as usize].delivered = now;
-        now == members
+        all
     }
 
-    /// Moves one job to `done`, which has room. Without a status in its handshake word, its error is `missing`.
+    /// Moves these jobs of an entry to `done`, which has room; their records start with number `record`. One without a
+    /// status in its handshake word has `missing` for its error.
     #[inline]
+    #[allow(clippy::too_many_arguments, reason = "what differs between a single job and a batch")]
     fn finish(
         &mut self,
-        slot: usize,
-        handshake: Handshake,
+        entry: u32,
+        which: Range<usize>,
         record: usize,
-        missing: impl FnOnce() -> JobError,
+        handshake: impl Fn(&Records<CompletionRecord>, usize) -> Handshake,
+        missing: impl Fn(usize) -> JobError,
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
     ) {
-        self.outstanding -= 1;
-        sum.jobs += 1;
-        let op = &self.jobs[slot].op;
-        self.take_back(op);
-        let plain = is_plain_success(op, handshake);
-        // A copied constant, and then a swap of jobs: to put a Done together first costs three times as much, in
-        // loads that wait for narrower stores.
-        done.put(const { Done { job: VACANT, result: Ok(DONE) } });
-        let Some(last) = done.last_mut() else { return };
-        if !plain {
-            last.result = if handshake.status() == 0 {
-                Err(missing())
-            } else {
-                judge(op, handshake, &self.records, record)
-            };
+        let (filled, count) = (done.len(), which.len());
+        // First every job with the outcome that most have, a constant: a Done that is put together from its own is
+        // moved in loads that wait for narrower stores, at three times the cost.
+        let jobs = self.entries[entry as usize].jobs[which].iter_mut();
+        done.extend(jobs.map(|job| Done { job: mem::replace(job, VACANT), result: const { Ok(DONE) } }));
+        for (index, done) in done[filled..].iter_mut().enumerate() {
+            let (op, handshake) = (&done.job.op, handshake(&self.records, record + index));
+            let size = transfer_size(op);
+            if self.leased {
+                self.take_back(op);
+            }
+            if !is_plain_success(op, size, handshake) {
+                done.result = if handshake.status() == 0 {
+                    Err(missing(index))
+                } else {
+                    judge(op, handshake, &self.records, record + index)
+                };
+                if done.result.is_err() {
+                    sum.failed += 1;
+                    continue;
+                }
+            }
+            sum.bytes += size as u64;
         }
-        match last.result {
-            Ok(_) => sum.bytes += transfer_size(op) as u64,
-            Err(_) => sum.failed += 1,
-        }
-        mem::swap(&mut last.job, &mut self.jobs[slot]);
+        sum.jobs += count as u64;
+        self.outstanding -= count;
     }
 
     /// The answer to a whole entry; without a status where there is none yet.
@@ -320,7 +334,7 @@ impl WorkQueue {
         if known.status() != 0 {
             return known;
         }
-        let answer = self.handshake(entry as usize);
+        let answer = handshake(&self.records, entry as usize);
         if answer.status() != 0 {
             self.entries[entry as usize].answer = answer;
         }
@@ -330,13 +344,14 @@ impl WorkQueue {
     /// Gives back the entry at this place in the order.
     #[inline]
     fn release(&mut self, place: usize) {
-        if place == 0 {
+        let entry = if place == 0 {
             self.patience = 0;
             self.waiting_since = None;
-        }
-        if let Some(entry) = self.order.remove(place) {
-            self.free.push(entry);
-        }
+            self.order.pop_front()
+        } else {
+            self.order.remove(place)
+        };
+        self.free.extend(entry);
     }
 
     /// Whether a poll would find something.
@@ -363,7 +378,7 @@ impl WorkQueue {
     fn leak(&mut self) {
         self.set_state(State::Gone);
         self.memory.leak();
-        for job in self.jobs.drain(..) {
+        for job in self.entries.iter_mut().flat_map(|entry| entry.jobs.drain_all()) {
             operands(&job.op).for_each(|(buf, _)| buf.region().leak());
         }
         self.order.clear();
@@ -422,15 +437,14 @@ impl Channel for WorkQueue {
         };
         self.ask_for_record(&mut descriptor, self.entry_flags, entry as usize);
         descriptor.interrupt_handle = self.place.interrupt_handle;
-        self.lend(&job.op);
+        if self.leased {
+            self.lend(&job.op);
+        }
         if !self.post(&descriptor) {
             self.take_back(&job.op);
             return Err(Rejected { job, why: Reason::Full });
         }
-        self.submitted(entry, 0);
-        self.outstanding += 1;
-        let slot = self.first_member(entry);
-        self.jobs[slot] = job;
+        let _ = self.submitted(entry, false, 1).push(job);
         Ok(())
     }
 
@@ -447,7 +461,7 @@ impl Channel for WorkQueue {
             }
             let mut descriptor = self.admit(&job.op).map_err(|why| (index, why))?;
             let fence = if job.fence { flag::FENCE } else { 0 };
-            self.ask_for_record(&mut descriptor, RECORD | fence, self.member_record(entry, index as u32));
+            self.ask_for_record(&mut descriptor, RECORD | fence, self.member_record(entry, index));
             self.lists.write(first + index, &descriptor);
         }
         let mut batch = Descriptor::new(Opcode::Batch, 0);
@@ -455,16 +469,14 @@ impl Channel for WorkQueue {
         batch.size = count as u32;
         batch.interrupt_handle = self.place.interrupt_handle;
         self.ask_for_record(&mut batch, self.entry_flags, entry as usize);
-        jobs[..count].iter().for_each(|job| self.lend(&job.op));
+        if self.leased {
+            jobs[..count].iter().for_each(|job| self.lend(&job.op));
+        }
         if !self.post(&batch) {
             jobs[..count].iter().for_each(|job| self.take_back(&job.op));
             return Err((0, Reason::Full));
         }
-        self.submitted(entry, count as u32);
-        self.outstanding += count;
-        self.jobs[first..first + count].swap_with_slice(&mut jobs[..count]);
-        // What is left there now are vacant jobs.
-        drop(jobs.drain(count));
+        self.submitted(entry, true, count).append(jobs, count);
         Ok(count)
     }
 
@@ -578,7 +590,7 @@ impl Drop for WorkQueue {
             self.leak();
             return;
         }
-        for job in &self.jobs {
+        for job in self.entries.iter().flat_map(|entry| entry.jobs.iter()) {
             self.take_back(&job.op);
         }
     }
