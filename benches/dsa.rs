@@ -105,7 +105,8 @@ impl Completer {
         } else {
             completed += 1;
         }
-        let bytes_completed = if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
+        let bytes_completed =
+            if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
         let word = u64::from(bytes_completed) << 32 | u64::from(Status::SUCCESS.0);
         self.bus.store_u64(self.pasid, Iova::new(descriptor.completion), word).unwrap();
         completed
@@ -223,7 +224,8 @@ fn copies(c: &mut Criterion) {
         channel.map(&region, Access::READ_WRITE).unwrap();
         let mut sources = DmaBuf::new(region).unwrap();
         let targets = sources.split_off(WORKING_SET / 2);
-        let mut pairs: Vec<_> = sources.into_chunks(size).into_iter().zip(targets.into_chunks(size)).collect();
+        let mut pairs: Vec<_> =
+            sources.into_chunks(size).into_iter().zip(targets.into_chunks(size)).collect();
         group.throughput(Throughput::Bytes(WORKING_SET as u64 / 2));
 
         group.bench_function(BenchmarkId::new("memcpy", size), |b| {

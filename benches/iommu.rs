@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use underpass::iommu::soft::SoftIommu;
-use underpass::iommu::{IommuBackend, Ioas, PageSize};
+use underpass::iommu::{Ioas, IommuBackend, PageSize};
 use underpass::{Access, Region};
 
 fn space() -> (SoftIommu, Ioas) {

@@ -206,7 +206,8 @@ pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
         && handshake.completed() as usize <= completable(op)
 }
 
-const fn has_result(op: &Op) -> bool {
+/// Whether a success tells more than that the job is done, so that its record is needed.
+pub(super) const fn has_result(op: &Op) -> bool {
     matches!(
         op,
         Op::Compare { .. }
@@ -302,6 +303,17 @@ fn succeeded(
         }
         Op::Crc { .. } | Op::CopyCrc { .. } => Ok(Outcome { crc: word(SPECIFIC) as u32, ..DONE }),
         _ => Ok(DONE),
+    }
+}
+
+/// How many of a batch's `members` are done for sure, given its answer: one of these that did not ask for a record on
+/// success, and has none, succeeded.
+#[inline]
+pub(super) fn silent_successes(batch: Handshake, members: u32) -> u32 {
+    match Status(batch.status()) {
+        Status::SUCCESS => members,
+        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if batch.completed() <= members => batch.completed(),
+        _ => 0,
     }
 }
 

@@ -21,10 +21,10 @@ use underpass::iommu::OwnedPasid;
 use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
-use super::job::{DONE, encode, is_plain_success, judge, without_status};
+use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
-    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
+    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, Status, flag,
 };
 use crate::shape::{check_shape, operands, transfer_size};
 
@@ -270,10 +270,15 @@ impl WorkQueue {
             return true;
         }
         let now = members.min(delivered + done.room() as u32);
+        let silent = silent_successes(answer, members);
         for member in delivered..now {
-            let record = self.member_record(entry, member);
+            let (record, slot) = (self.member_record(entry, member), first + member as usize);
+            let mut handshake = self.handshake(record);
+            if handshake.status() == 0 && member < silent && !has_result(&self.jobs[slot].op) {
+                handshake = Handshake::new().with_status(Status::SUCCESS.0);
+            }
             let missing = || without_status(answer, member);
-            self.finish(first + member as usize, self.handshake(record), record, missing, done, sum);
+            self.finish(slot, handshake, record, missing, done, sum);
         }
         self.entries[entry as usize].delivered = now;
         now == members
@@ -447,7 +452,10 @@ impl Channel for WorkQueue {
             }
             let mut descriptor = self.admit(&job.op).map_err(|why| (index, why))?;
             let fence = if job.fence { flag::FENCE } else { 0 };
-            self.ask_for_record(&mut descriptor, RECORD | fence, self.member_record(entry, index as u32));
+            // The batch's own record tells that all is well. Those of the members are lines that the device would have
+            // to fetch from this core one by one: only a result, or an error, is worth it.
+            let record = if has_result(&job.op) { RECORD } else { flag::COMPLETION_ADDRESS_VALID };
+            self.ask_for_record(&mut descriptor, record | fence, self.member_record(entry, index as u32));
             self.lists.write(first + index, &descriptor);
         }
         let mut batch = Descriptor::new(Opcode::Batch, 0);
