@@ -1,5 +1,7 @@
 //! The driver's own cost: no-op jobs on a device that is plain memory. Run in release with `--ignored --nocapture`.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod plain;
 
 use std::time::{Duration, Instant};
