@@ -8,6 +8,7 @@
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::unwrap_used, reason = "a benchmark that can not be set up has nothing to measure")]
+#![allow(clippy::cast_precision_loss, reason = "counts of iterations are far below 2^52")]
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use underpass::accel::{Accelerator, Channel, Config, Done, Job, Op};
 use underpass::bar::Bar;
 use underpass::dma::DmaBuf;
-use underpass::iommu::soft::SoftIommu;
+use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::model::{BarKind, BarSpec, Bus, Engine, Host, Model, Width};
 use underpass::pci::{ConfigSpace, PciDevice, Run};
 use underpass::{Access, Burst, Iova, Pasid, Region};
@@ -105,14 +106,22 @@ impl Completer {
         } else {
             completed += 1;
         }
-        let bytes_completed = if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
+        let bytes_completed =
+            if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
         let word = u64::from(bytes_completed) << 32 | u64::from(Status::SUCCESS.0);
         self.bus.store_u64(self.pasid, Iova::new(descriptor.completion), word).unwrap();
         completed
     }
 }
 
+/// The driver's thread on the first core; the software device's engine is on the last.
+fn pin() {
+    let core = underpass::worker::cores()[0];
+    assert!(core_affinity::set_for_current(core_affinity::CoreId { id: core }), "can not pin to core {core}");
+}
+
 fn driver_alone(c: &mut Criterion) {
+    pin();
     let mut group = c.benchmark_group("driver alone, no-op, submit and poll");
     group.throughput(Throughput::Elements(1));
     for batch in [1, BATCH] {
@@ -123,7 +132,7 @@ fn driver_alone(c: &mut Criterion) {
             portals: portals.clone(),
             bus: Arc::clone(&bus),
         };
-        let iommu = SoftIommu::new(Default::default());
+        let iommu = SoftIommu::new(SoftOptions::default());
         let device = PciDevice::in_process("plain portals", Box::new(model), &iommu, Run::Stepped).unwrap();
         let mut dsa = Dsa::open(device).unwrap();
         let config = Config { depth: DEPTH, batch, ..Config::default() };
@@ -131,7 +140,7 @@ fn driver_alone(c: &mut Criterion) {
         let mut completer =
             Completer { portals, bus: bus.lock().unwrap().take().unwrap(), pasid: channel.pasid() };
         let mut jobs = Burst::with_capacity(BATCH);
-        let mut done: Burst<Done> = Burst::with_capacity(DEPTH * batch);
+        let mut done: Burst<Done> = Burst::with_capacity(BATCH);
 
         let name = if batch == 1 { "single".to_owned() } else { format!("a descriptor, batches of {batch}") };
         group.bench_function(name, |b| {
@@ -149,14 +158,13 @@ fn driver_alone(c: &mut Criterion) {
                     }
                     spent += start.elapsed();
                     assert_eq!(completer.complete_all(), DEPTH * batch);
-                    let start = Instant::now();
+                    let (start, before) = (Instant::now(), count);
                     while channel.outstanding() > 0 {
-                        channel.poll(&mut done);
+                        count += channel.poll(&mut done) as u64;
+                        done.clear();
                     }
                     spent += start.elapsed();
-                    assert_eq!(done.len(), DEPTH * batch);
-                    count += done.len() as u64;
-                    done.clear();
+                    assert_eq!(count - before, (DEPTH * batch) as u64);
                 }
                 // Criterion wants the time of `iterations`, and whole rounds were done.
                 spent.mul_f64(iterations as f64 / count as f64)
@@ -174,6 +182,7 @@ fn soft_dsa(config: &Config) -> (Box<dyn Accelerator>, Box<dyn Channel>) {
 }
 
 fn no_op_jobs(c: &mut Criterion) {
+    pin();
     let mut group = c.benchmark_group("soft:dsa, no-op");
     group.throughput(Throughput::Elements(1));
     for (depth, batch) in [(1, 1), (8, 1), (32, 1), (1, 32), (8, 32)] {
@@ -187,7 +196,7 @@ fn no_op_jobs(c: &mut Criterion) {
                 while finished < iterations {
                     while submitted < iterations && submitted - finished < (depth * batch) as u64 {
                         let taken = if batch == 1 {
-                            channel.submit(Job::new(Op::Nop)).map(|()| 1).unwrap_or(0)
+                            usize::from(channel.submit(Job::new(Op::Nop)).is_ok())
                         } else {
                             while jobs.push(Job::new(Op::Nop)).is_ok() {}
                             channel.submit_batch(&mut jobs).unwrap_or(0)
@@ -215,6 +224,7 @@ fn no_op_jobs(c: &mut Criterion) {
 /// turns; this shows the curve.
 fn copies(c: &mut Criterion) {
     const WORKING_SET: usize = 64 << 20;
+    pin();
     let mut group = c.benchmark_group("copy");
     group.sample_size(20);
     for (size, batch) in [(4 << 10, 32), (64 << 10, 1), (1 << 20, 1)] {
@@ -223,7 +233,8 @@ fn copies(c: &mut Criterion) {
         channel.map(&region, Access::READ_WRITE).unwrap();
         let mut sources = DmaBuf::new(region).unwrap();
         let targets = sources.split_off(WORKING_SET / 2);
-        let mut pairs: Vec<_> = sources.into_chunks(size).into_iter().zip(targets.into_chunks(size)).collect();
+        let mut pairs: Vec<_> =
+            sources.into_chunks(size).into_iter().zip(targets.into_chunks(size)).collect();
         group.throughput(Throughput::Bytes(WORKING_SET as u64 / 2));
 
         group.bench_function(BenchmarkId::new("memcpy", size), |b| {

@@ -10,12 +10,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use underpass::iommu::soft::SoftIommu;
-use underpass::iommu::{IommuBackend, Ioas, PageSize};
+use underpass::iommu::soft::{SoftIommu, SoftOptions};
+use underpass::iommu::{Ioas, IommuBackend, PageSize};
 use underpass::{Access, Region};
 
 fn space() -> (SoftIommu, Ioas) {
-    let iommu = SoftIommu::new(Default::default());
+    let iommu = SoftIommu::new(SoftOptions::default());
     let ioas = iommu.alloc_ioas().unwrap();
     (iommu, ioas)
 }

@@ -405,10 +405,17 @@ fn batches_come_back_whole_whatever_is_said_of_them() {
     const COUNT: usize = 3;
     let mut stage = Stage::new();
     let statuses = [1, 2, 3, 5, 6, 0x10, 0x14, 0x18, 0x1f, 0x7f, 0x80, 0x83, 0x85, 0xff].map(Status);
-    for status in statuses {
+    let source = Arc::new(stage.arena.take(64, Align::Any));
+    let cases = statuses.into_iter().flat_map(|status| [(status, false), (status, true)]);
+    for (status, has_result) in cases {
         for completed in [0, 1, 2, 3, 4, u32::MAX] {
             for with_status in 0..1 << COUNT {
-                let jobs = (0..COUNT as u64).map(|tag| Job::new(Op::Nop).tag(tag)).collect();
+                // A checksum asks for its record; a no-op only for that of an error.
+                let job = |tag| {
+                    let job = if has_result { Job::crc(Arc::clone(&source), 0) } else { Job::new(Op::Nop) };
+                    job.tag(tag)
+                };
+                let jobs = (0..COUNT as u64).map(job).collect();
                 let (batch, members) = stage.submit_batch(jobs);
                 for (member, descriptor) in members.iter().enumerate() {
                     if with_status >> member & 1 == 1 {
@@ -429,7 +436,18 @@ fn batches_come_back_whole_whatever_is_said_of_them() {
                 for (member, done) in back.iter().enumerate() {
                     assert_eq!(done.job.tag, member as u64);
                     let told = with_status >> member & 1 == 1;
-                    assert_eq!(done.result.is_ok(), told, "{status:?}, {completed}: {:?}", done.result);
+                    let implied = !has_result
+                        && match status.0 {
+                            1 => true,
+                            5 | 6 => completed as usize <= COUNT && member < completed as usize,
+                            _ => false,
+                        };
+                    assert_eq!(
+                        done.result.is_ok(),
+                        told || implied,
+                        "{status:?}, {completed}: {:?}",
+                        done.result
+                    );
                     assert_ne!(done.result, Err(JobError::Reset), "the batch has a status");
                 }
                 assert!(stage.poll().is_empty());
@@ -443,7 +461,9 @@ fn batches_come_back_whole_whatever_is_said_of_them() {
 #[test]
 fn a_done_batch_without_its_members_is_a_lie() {
     let mut stage = Stage::new();
-    let (batch, members) = stage.submit_batch(vec![Job::new(Op::Nop), Job::new(Op::Nop)]);
+    let source = Arc::new(stage.arena.take(64, Align::Any));
+    let jobs = (0..2).map(|_| Job::crc(Arc::clone(&source), 0)).collect();
+    let (batch, members) = stage.submit_batch(jobs);
     stage.answer(&members[1], success(), [0; 3]);
     stage.answer(&batch, handshake(Status::SUCCESS, 0, 2), [0; 3]);
     let done = stage.poll();

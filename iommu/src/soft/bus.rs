@@ -203,9 +203,9 @@ impl Bus {
     /// Reads the aligned 64-bit word at `iova`, with Acquire: what its writer wrote before it is seen.
     pub fn load_u64(&mut self, pasid: Option<Pasid>, iova: Iova) -> Result<u64, DmaFault> {
         let mut value = 0;
-        self.word(pasid, iova, Access::READ, |place| match place {
+        self.words(pasid, iova, 1, Access::READ, |place| match place {
             Place::Host { at, .. } => {
-                value = word_at(at).load(Ordering::Acquire);
+                value = word_at(at, 0).load(Ordering::Acquire);
                 true
             }
             Place::Process => {
@@ -220,15 +220,38 @@ impl Bus {
 
     /// Writes the aligned 64-bit word at `iova`, with Release: what was written before it is seen by whoever reads
     /// it. Under SVA the lowest byte is written last instead of all eight at once: the kernel copies bytes.
+    #[inline]
     pub fn store_u64(&mut self, pasid: Option<Pasid>, iova: Iova, value: u64) -> Result<(), DmaFault> {
-        self.word(pasid, iova, Access::WRITE, |place| match place {
+        self.publish(pasid, iova, &[value])
+    }
+
+    /// Writes a record whose first word is its handshake: that one last, with Release, as
+    /// [`store_u64`](Self::store_u64) does. The record is aligned to its own size, a power of two.
+    #[inline]
+    pub fn publish<const N: usize>(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: Iova,
+        words: &[u64; N],
+    ) -> Result<(), DmaFault> {
+        const { assert!(N.is_power_of_two() && N <= 8, "a record is one to eight words, aligned to its size") };
+        self.words(pasid, iova, N as u64, Access::WRITE, |place| match place {
             Place::Host { at, .. } => {
-                word_at(at).store(value, Ordering::Release);
+                for (n, word) in words.iter().enumerate().skip(1) {
+                    // Relaxed: the handshake's Release publishes it.
+                    word_at(at, n).store(*word, Ordering::Relaxed);
+                }
+                word_at(at, 0).store(words[0], Ordering::Release);
                 true
             }
             Place::Process => {
-                let bytes = value.to_le_bytes();
-                sva::write(iova.get() + 1, &bytes[1..]) == 7 && sva::write(iova.get(), &bytes[..1]) == 1
+                let rest = words[1..]
+                    .iter()
+                    .enumerate()
+                    .all(|(n, word)| sva::write(iova.get() + 8 + 8 * n as u64, &word.to_le_bytes()) == 8);
+                let first = words[0].to_le_bytes();
+                rest && sva::write(iova.get() + 1, &first[1..]) == 7
+                    && sva::write(iova.get(), &first[..1]) == 1
             }
         })
     }
@@ -306,21 +329,24 @@ impl Bus {
         Ok(())
     }
 
+    /// Calls `each` with the place of `count` words, which are aligned to their size in all.
     #[inline]
-    fn word(
+    fn words(
         &mut self,
         pasid: Option<Pasid>,
         iova: Iova,
+        count: u64,
         access: Access,
         each: impl FnOnce(Place) -> bool,
     ) -> Result<(), DmaFault> {
-        if !iova.is_aligned_to(8) {
+        let bytes = 8 * count;
+        if !iova.is_aligned_to(bytes) {
             return Err(self.refuse(pasid, iova.get(), access, FaultReason::Misaligned, 0));
         }
         self.slot.enter(&self.device.generation);
-        // An aligned word crosses no page, so what is translated holds all of it; a lease may end inside it.
-        let result = match self.translate(pasid, iova.get(), 8, access) {
-            Ok(Place::Host { len, .. }) if len < 8 => Err(FaultReason::NotLeased),
+        // Aligned as they are they cross no page, so what is translated holds all of them; a lease may end inside.
+        let result = match self.translate(pasid, iova.get(), bytes, access) {
+            Ok(Place::Host { len, .. }) if len < bytes => Err(FaultReason::NotLeased),
             Ok(place) => {
                 if each(place) {
                     Ok(())
@@ -422,15 +448,15 @@ fn missing_or_read_only(address: u64) -> FaultReason {
     if sva::check(address, Access::READ) { FaultReason::Permission } else { FaultReason::NotMapped }
 }
 
+/// Word `n` from `at` on: inside a translated place, aligned to 8, that is large enough.
 #[inline]
-fn word_at<'a>(at: *mut u8) -> &'a AtomicU64 {
-    #[allow(
-        clippy::cast_ptr_alignment,
-        reason = "the IOVA is aligned to 8, and pages are where IOVAs are modulo 4096"
-    )]
-    let at = at.cast::<u64>();
-    // SAFETY: called with a translated, aligned place of at least 8 bytes, and the reference does not leave the access.
-    unsafe { AtomicU64::from_ptr(at) }
+fn word_at<'a>(at: *mut u8, n: usize) -> &'a AtomicU64 {
+    #[allow(clippy::cast_ptr_alignment, reason = "aligned IOVAs are aligned pointers: pages are congruent")]
+    let first = at.cast::<u64>();
+    // SAFETY: `words` translated all of them in one piece.
+    let word = unsafe { first.add(n) };
+    // SAFETY: aligned and valid during this access, which the reference does not leave.
+    unsafe { AtomicU64::from_ptr(word) }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -61,6 +61,8 @@ fn number(pasid: Option<Pasid>) -> u32 {
 
 #[inline]
 fn index(pasid: u32, iova: u64) -> usize {
-    // PASIDs are neighbours and queues use the same addresses: spread them.
-    ((iova >> GRANULE_SHIFT) as usize ^ (pasid as usize).wrapping_mul(37)) % ENTRIES
+    // Sources and destinations are often a power of two apart, and queues use the same addresses under neighbouring
+    // PASIDs: a multiplicative hash (by 2^64 divided by the golden ratio) keeps them from sharing an entry.
+    let key = (iova >> GRANULE_SHIFT) ^ (u64::from(pasid) << 44);
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - ENTRIES.ilog2())) as usize
 }

@@ -205,8 +205,8 @@ pub(super) fn is_plain_success(op: &Op, size: usize, handshake: Handshake) -> bo
     handshake.status() == Status::SUCCESS.0 && !has_result(op) && handshake.completed() as usize <= size
 }
 
-/// Whether there is more to an answer than its status and a transfer size.
-const fn has_result(op: &Op) -> bool {
+/// Whether a success tells more than that the job is done, so that its record is needed.
+pub(super) const fn has_result(op: &Op) -> bool {
     matches!(
         op,
         Op::Compare { .. }
@@ -303,6 +303,19 @@ fn succeeded(
         }
         Op::Crc { .. } | Op::CopyCrc { .. } => Ok(Outcome { crc: word(SPECIFIC) as u32, ..DONE }),
         _ => Ok(DONE),
+    }
+}
+
+/// How many of a batch's `members` are done for sure, given its answer: one of these that did not ask for a record on
+/// success, and has none, succeeded.
+#[inline]
+pub(super) fn silent_successes(batch: Handshake, members: usize) -> usize {
+    match Status(batch.status()) {
+        Status::SUCCESS => members,
+        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if batch.completed() as usize <= members => {
+            batch.completed() as usize
+        }
+        _ => 0,
     }
 }
 

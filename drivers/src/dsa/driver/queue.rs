@@ -23,10 +23,10 @@ use underpass::iommu::OwnedPasid;
 use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
-use super::job::{DONE, encode, is_plain_success, judge, without_status};
+use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
-    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
+    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, Status, flag,
 };
 use crate::shape::{check_shape, operands, transfer_size};
 
@@ -272,10 +272,18 @@ impl WorkQueue {
         let all = now == jobs.len();
         if is_batch {
             let record = self.member_record(entry, delivered);
+            let silent = silent_successes(answer, jobs.len());
+            let own = |records: &_, index, op: &_| {
+                let own = handshake(records, record + index);
+                if own.status() == 0 && delivered + index < silent && !has_result(op) {
+                    return Handshake::new().with_status(Status::SUCCESS.0);
+                }
+                own
+            };
             let missing = |index| without_status(answer, (delivered + index) as u32);
-            self.finish(entry, delivered..now, record, handshake, missing, done, sum);
+            self.finish(entry, delivered..now, record, own, missing, done, sum);
         } else {
-            self.finish(entry, 0..now, entry as usize, |_, _| answer, |_| JobError::Reset, done, sum);
+            self.finish(entry, 0..now, entry as usize, |_, _, _| answer, |_| JobError::Reset, done, sum);
         }
         let entry = &mut self.entries[entry as usize];
         entry.delivered = now;
@@ -294,7 +302,7 @@ impl WorkQueue {
         entry: u32,
         which: Range<usize>,
         record: usize,
-        handshake: impl Fn(&Records<CompletionRecord>, usize) -> Handshake,
+        handshake: impl Fn(&Records<CompletionRecord>, usize, &Op) -> Handshake,
         missing: impl Fn(usize) -> JobError,
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
@@ -305,7 +313,8 @@ impl WorkQueue {
         let jobs = self.entries[entry as usize].jobs[which].iter_mut();
         done.extend(jobs.map(|job| Done { job: mem::replace(job, VACANT), result: const { Ok(DONE) } }));
         for (index, done) in done[filled..].iter_mut().enumerate() {
-            let (op, handshake) = (&done.job.op, handshake(&self.records, record + index));
+            let op = &done.job.op;
+            let handshake = handshake(&self.records, index, op);
             let size = transfer_size(op);
             if self.leased {
                 self.take_back(op);
@@ -461,7 +470,10 @@ impl Channel for WorkQueue {
             }
             let mut descriptor = self.admit(&job.op).map_err(|why| (index, why))?;
             let fence = if job.fence { flag::FENCE } else { 0 };
-            self.ask_for_record(&mut descriptor, RECORD | fence, self.member_record(entry, index));
+            // The batch's own record tells that all is well. Those of the members are lines that the device would have
+            // to fetch from this core one by one: only a result, or an error, is worth it.
+            let record = if has_result(&job.op) { RECORD } else { flag::COMPLETION_ADDRESS_VALID };
+            self.ask_for_record(&mut descriptor, record | fence, self.member_record(entry, index));
             self.lists.write(first + index, &descriptor);
         }
         let mut batch = Descriptor::new(Opcode::Batch, 0);

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use underpass::model::{Bus, DmaFault, Engine, Host};
 use underpass::{Access, Iova, Pasid};
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::{FromZeros, IntoBytes, transmute};
 
 use super::check::{Refusal, check, has_record};
 use super::command;
 use super::device::{Device, Snapshot};
 use super::execute::{Job, Outcome, Progress, Scratch};
 use super::queue::Settings;
-use super::spec::{Descriptor, HANDSHAKE, Handshake, Opcode, Status, SwErr, SwErrBatch, flag};
+use super::spec::{Descriptor, HANDSHAKE, Opcode, Status, SwErr, SwErrBatch, flag};
 
 /// What one step may do, in bytes of data.
 const STEP_BUDGET: usize = 256 * 1024;
@@ -388,15 +388,10 @@ impl Core {
     /// Writes the completion record, the handshake word last.
     #[inline]
     fn write_record(&mut self, descriptor: &Descriptor, outcome: &Outcome) {
-        let record = &outcome.0;
-        let (at, pasid) = (Iova::new(descriptor.completion), self.origin.pasid);
-        let rest = HANDSHAKE + size_of::<Handshake>();
-        let written = self
-            .bus
-            .write(pasid, at.wrapping_add(rest as u64), &record.as_bytes()[rest..])
-            // Release, in the bus: pairs with the driver's Acquire read of this word. It publishes the record and
-            // the data that the operation wrote.
-            .and_then(|()| self.bus.store_u64(pasid, at, record.handshake.into_bits()));
+        let words: [u64; 4] = transmute!(outcome.0);
+        const { assert!(HANDSHAKE == 0, "what publish stores last, with Release, is the handshake word") };
+        // It pairs with the driver's Acquire read of that word, and publishes what the operation wrote, too.
+        let written = self.bus.publish(self.origin.pasid, Iova::new(descriptor.completion), &words);
         if let Err(fault) = written {
             self.report(descriptor, Status::COMPLETION_FAULT.0 | Status::WRITE, 0, fault.iova.get());
         }
