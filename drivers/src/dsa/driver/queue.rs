@@ -8,13 +8,12 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::iter;
 use std::mem;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use underpass::accel::{
-    Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Reason, Rejected, State,
+    Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Outcome, Reason, Rejected, State,
 };
 use underpass::bar::Bar;
 use underpass::dma::{DmaBuf, DmaSpace, Records};
@@ -26,7 +25,7 @@ use zerocopy::transmute_ref;
 use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
-    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, Status, flag,
+    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
 };
 use crate::shape::{check_shape, operands, transfer_size};
 
@@ -267,24 +266,24 @@ impl WorkQueue {
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
     ) -> bool {
-        let Entry { is_batch, delivered, ref jobs, .. } = self.entries[entry as usize];
+        let Entry { is_batch, delivered, ref mut jobs, .. } = self.entries[entry as usize];
         let now = jobs.len().min(delivered + done.room());
-        let all = now == jobs.len();
-        if is_batch {
-            let record = self.member_record(entry, delivered);
-            let silent = silent_successes(answer, jobs.len());
-            let own = |records: &_, index, op: &_| {
-                let own = handshake(records, record + index);
-                if own.status() == 0 && delivered + index < silent && !has_result(op) {
-                    return Handshake::new().with_status(Status::SUCCESS.0);
-                }
-                own
-            };
-            let missing = |index| without_status(answer, (delivered + index) as u32);
-            self.finish(entry, delivered..now, record, own, missing, done, sum);
-        } else {
-            self.finish(entry, 0..now, entry as usize, |_, _, _| answer, |_| JobError::Reset, done, sum);
+        let (all, filled) = (now == jobs.len(), done.len());
+        // First every job with the outcome that most have, a constant: a Done that is put together from its own is
+        // moved in loads that wait for narrower stores, at three times the cost.
+        let (mut bytes, mut plain) = (0, !self.leased);
+        let moved = jobs[delivered..now].iter_mut().map(|job| {
+            bytes += transfer_size(&job.op) as u64;
+            plain &= is_plain_success(&job.op, answer, is_batch);
+            mem::replace(job, VACANT)
+        });
+        done.extend(moved.map(|job| Done { job, result: const { Ok(DONE) } }));
+        if !plain {
+            bytes -= self.settle(entry, delivered, answer, &mut done[filled..], sum);
         }
+        sum.bytes += bytes;
+        sum.jobs += (now - delivered) as u64;
+        self.outstanding -= now - delivered;
         let entry = &mut self.entries[entry as usize];
         entry.delivered = now;
         if all {
@@ -293,47 +292,48 @@ impl WorkQueue {
         all
     }
 
-    /// Moves these jobs of an entry to `done`, which has room; their records start with number `record`. One without a
-    /// status in its handshake word has `missing` for its error.
-    #[inline]
-    #[allow(clippy::too_many_arguments, reason = "what differs between a single job and a batch")]
-    fn finish(
-        &mut self,
+    /// Takes leases back and finds out how jobs ended where they did not all just succeed; the first of them is member
+    /// `first` of its entry. Returns the bytes of those that failed.
+    fn settle(
+        &self,
         entry: u32,
-        which: Range<usize>,
-        record: usize,
-        handshake: impl Fn(&Records<CompletionRecord>, usize, &Op) -> Handshake,
-        missing: impl Fn(usize) -> JobError,
-        done: &mut Burst<Done>,
+        first: usize,
+        answer: Handshake,
+        done: &mut [Done],
         sum: &mut CounterValues,
-    ) {
-        let (filled, count) = (done.len(), which.len());
-        // First every job with the outcome that most have, a constant: a Done that is put together from its own is
-        // moved in loads that wait for narrower stores, at three times the cost.
-        let jobs = self.entries[entry as usize].jobs[which].iter_mut();
-        done.extend(jobs.map(|job| Done { job: mem::replace(job, VACANT), result: const { Ok(DONE) } }));
-        for (index, done) in done[filled..].iter_mut().enumerate() {
+    ) -> u64 {
+        let mut bytes = 0;
+        for (member, done) in (first..).zip(done) {
             let op = &done.job.op;
-            let handshake = handshake(&self.records, index, op);
-            let size = transfer_size(op);
             if self.leased {
                 self.take_back(op);
             }
-            if !is_plain_success(op, size, handshake) {
-                done.result = if handshake.status() == 0 {
-                    Err(missing(index))
-                } else {
-                    judge(op, handshake, &self.records, record + index)
-                };
+            if !is_plain_success(op, answer, self.entries[entry as usize].is_batch) {
+                done.result = self.result(entry, member, answer, op);
                 if done.result.is_err() {
                     sum.failed += 1;
-                    continue;
+                    bytes += transfer_size(op) as u64;
                 }
             }
-            sum.bytes += size as u64;
         }
-        sum.jobs += count as u64;
-        self.outstanding -= count;
+        bytes
+    }
+
+    /// How one job of an entry ended, where there is more to it than success.
+    fn result(&self, entry: u32, member: usize, answer: Handshake, op: &Op) -> Result<Outcome, JobError> {
+        let Entry { is_batch, ref jobs, .. } = self.entries[entry as usize];
+        if !is_batch {
+            return match answer.status() {
+                0 => Err(JobError::Reset),
+                _ => judge(op, answer, &self.records, entry as usize),
+            };
+        }
+        let record = self.member_record(entry, member);
+        match handshake(&self.records, record) {
+            own if own.status() != 0 => judge(op, own, &self.records, record),
+            _ if member < silent_successes(answer, jobs.len()) && !has_result(op) => Ok(DONE),
+            _ => Err(without_status(answer, member as u32)),
+        }
     }
 
     /// The answer to a whole entry; without a status where there is none yet.
