@@ -46,7 +46,7 @@ impl Rules {
                     parsed.crates.push(Crate { line, name, uses: words.collect() });
                 }
                 ("in", _) => {
-                    parsed.names.push(Names { line, patterns: words().collect(), ..Names::default() })
+                    parsed.names.push(Names { line, patterns: words().collect(), ..Names::default() });
                 }
                 ("never", Some(names)) => names.never = words().collect(),
                 ("has", Some(names)) => names.has = Some(rest.trim().to_owned()),

@@ -207,7 +207,7 @@ pub(super) fn is_plain_success(op: &Op, answer: Handshake, is_batch: bool) -> bo
         && (is_batch || answer.completed() as usize <= completable(op))
 }
 
-/// Whether a success tells more than that the job is done, so that its record is needed.
+/// Whether a success tells more than that all of the transfer size is done, so that its record is needed.
 pub(super) const fn has_result(op: &Op) -> bool {
     matches!(
         op,
@@ -311,11 +311,10 @@ fn succeeded(
 /// success, and has none, succeeded.
 #[inline]
 pub(super) fn silent_successes(batch: Handshake, members: usize) -> usize {
+    let completed = batch.completed() as usize;
     match Status(batch.status()) {
         Status::SUCCESS => members,
-        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if batch.completed() as usize <= members => {
-            batch.completed() as usize
-        }
+        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if completed <= members => completed,
         _ => 0,
     }
 }
@@ -323,14 +322,14 @@ pub(super) fn silent_successes(batch: Handshake, members: usize) -> usize {
 /// What became of a job of a batch that has no status of its own, where the batch's status is `batch` and the
 /// job is number `index` in it.
 #[cold]
-pub(super) fn without_status(batch: Handshake, index: u32) -> JobError {
+pub(super) fn without_status(batch: Handshake, index: usize) -> JobError {
     if batch.status() == Status::NONE.0 {
         // The queue was stopped before the batch was done.
         return JobError::Reset;
     }
     let status = Status(batch.status()).code();
     match status {
-        Status::BATCH_FAILED if index >= batch.completed() => JobError::Abandoned,
+        Status::BATCH_FAILED if index >= batch.completed() as usize => JobError::Abandoned,
         Status::BATCH_FAILED | Status::SUCCESS => {
             JobError::Lied { why: "the batch is done, but this job of it has no status" }
         }

@@ -50,13 +50,6 @@ pub(super) struct Place {
     pub deadline: Duration,
 }
 
-/// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in the
-/// record, and what the job wrote to memory, is visible once this has a status.
-#[inline]
-fn handshake(records: &Records<CompletionRecord>, record: usize) -> Handshake {
-    Handshake::from_bits(records.word(record, HANDSHAKE).load(Ordering::Acquire))
-}
-
 const VACANT: Job = Job::new(Op::Nop);
 
 /// What is in one entry.
@@ -212,6 +205,13 @@ impl WorkQueue {
         descriptor.context = self.context;
     }
 
+    /// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in the
+    /// record, and what the job wrote to memory, is visible once this has a status.
+    #[inline]
+    fn handshake(&self, record: usize) -> Handshake {
+        Handshake::from_bits(self.records.word(record, HANDSHAKE).load(Ordering::Acquire))
+    }
+
     /// Writes a descriptor to the portal. False: a shared queue says "retry".
     #[inline]
     fn post(&mut self, descriptor: &Descriptor) -> bool {
@@ -329,10 +329,10 @@ impl WorkQueue {
             };
         }
         let record = self.member_record(entry, member);
-        match handshake(&self.records, record) {
+        match self.handshake(record) {
             own if own.status() != 0 => judge(op, own, &self.records, record),
             _ if member < silent_successes(answer, jobs.len()) && !has_result(op) => Ok(DONE),
-            _ => Err(without_status(answer, member as u32)),
+            _ => Err(without_status(answer, member)),
         }
     }
 
@@ -343,7 +343,7 @@ impl WorkQueue {
         if known.status() != 0 {
             return known;
         }
-        let answer = handshake(&self.records, entry as usize);
+        let answer = self.handshake(entry as usize);
         if answer.status() != 0 {
             self.entries[entry as usize].answer = answer;
         }
