@@ -155,7 +155,7 @@ fn run(
         if turn % 3 == 0 {
             while !jobs.is_full() && free.len() >= 2 {
                 let (Some(a), Some(b)) = (free.pop(), free.pop()) else { return };
-                jobs.put(job(jobs.len(), a, b, shared));
+                let _ = jobs.push(job(jobs.len(), a, b, shared));
             }
             // Refused jobs stay for the next turn.
             let _ = channel.submit_batch(jobs);

@@ -23,15 +23,29 @@ impl<T> Burst<T> {
         Ok(())
     }
 
-    /// Appends an item, for a caller who knows that there is room: large items that can not come back are moved once
-    /// instead of twice.
+    /// Appends all of `items`. Large ones are made in place, where [`push`](Self::push) would move each twice because it
+    /// may have to give it back.
     ///
     /// # Panics
-    /// If there is none.
+    /// If there is no room for as many.
     #[inline]
-    pub fn put(&mut self, item: T) {
-        assert!(!self.is_full(), "a burst of {} items is full", self.capacity());
-        self.0.push(item);
+    pub fn extend(&mut self, items: impl ExactSizeIterator<Item = T>) {
+        assert!(items.len() <= self.room(), "{} items do not fit, {} do", items.len(), self.room());
+        self.0.extend(items);
+    }
+
+    /// Moves the first `count` items of `from` to the end of this burst.
+    ///
+    /// # Panics
+    /// If there are fewer, or no room for as many.
+    #[inline]
+    pub fn append(&mut self, from: &mut Self, count: usize) {
+        assert!(count <= self.room(), "{count} items do not fit, {} do", self.room());
+        if count == from.len() {
+            self.0.append(&mut from.0);
+        } else {
+            self.0.extend(from.0.drain(..count));
+        }
     }
 
     /// Takes the last item.
@@ -98,5 +112,40 @@ impl<T> DerefMut for Burst<T> {
 impl<T: fmt::Debug> fmt::Debug for Burst<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(items: &[u8], capacity: usize) -> Burst<u8> {
+        let mut burst = Burst::with_capacity(capacity);
+        burst.extend(items.iter().copied());
+        burst
+    }
+
+    #[test]
+    fn appending_moves_the_first_items_and_keeps_both_capacities() {
+        for count in 0..=3 {
+            let (mut to, mut from) = (of(&[1, 2], 5), of(&[3, 4, 5], 3));
+            let capacities = (to.capacity(), from.capacity());
+            to.append(&mut from, count);
+            assert_eq!((&to[..2], &to[2..]), (&[1, 2][..], &[3, 4, 5][..count]));
+            assert_eq!(from[..], [3, 4, 5][count..]);
+            assert_eq!((to.capacity(), from.capacity()), capacities);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "3 items do not fit, 2 do")]
+    fn appending_more_than_fits_is_a_bug() {
+        of(&[1], 3).append(&mut of(&[2, 3, 4], 3), 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "2 items do not fit, 1 do")]
+    fn extending_past_the_capacity_is_a_bug() {
+        of(&[1, 2], 3).extend([3, 4].into_iter());
     }
 }

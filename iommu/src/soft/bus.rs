@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::guard::Slot;
-use super::table::{self, Run};
+use super::table;
 use super::tlb::Tlb;
 use super::{Context, SoftDevice, sva};
 use crate::{Access, Fault, FaultReason, Iova, Pasid};
@@ -56,6 +56,13 @@ enum Place {
     Host { at: *mut u8, len: u64 },
     /// The process's own address space.
     Process,
+}
+
+impl Place {
+    #[inline]
+    fn host(address: u64, len: u64) -> Self {
+        Self::Host { at: ptr::with_exposed_provenance_mut(address as usize), len }
+    }
 }
 
 impl Bus {
@@ -372,12 +379,13 @@ impl Bus {
         // Read inside the access: either it shows an unmap, or the unmap waits for this access.
         let generation = self.device.generation.now();
         match self.tlb.lookup(generation, pasid, iova, access) {
-            Some(run) if !self.check_leases => Ok(place(run, iova)),
+            Some((host, len)) if !self.check_leases => Ok(Place::host(host, len)),
             _ => self.translate_by_tables(pasid, iova, most, access, generation),
         }
     }
 
     #[cold]
+    #[inline(never)]
     fn translate_by_tables(
         &mut self,
         pasid: Option<Pasid>,
@@ -407,10 +415,11 @@ impl Bus {
             }
             run.end = iova + leased;
         }
-        Ok(place(run, iova))
+        Ok(Place::host(run.host + (iova - run.start), run.end - iova))
     }
 
     #[cold]
+    #[inline(never)]
     fn refuse(
         &self,
         pasid: Option<Pasid>,
@@ -433,17 +442,12 @@ impl Drop for Bus {
     }
 }
 
-#[inline]
-fn place(run: Run, iova: u64) -> Place {
-    let at = ptr::with_exposed_provenance_mut((run.host + (iova - run.start)) as usize);
-    Place::Host { at, len: run.end - iova }
-}
-
 /// Bytes between the start of the page that holds the byte before `end`, and `end`.
 fn in_last_page(end: u64) -> u64 {
     (end.wrapping_sub(1) & 0xfff) + 1
 }
 
+#[cold]
 fn missing_or_read_only(address: u64) -> FaultReason {
     if sva::check(address, Access::READ) { FaultReason::Permission } else { FaultReason::NotMapped }
 }

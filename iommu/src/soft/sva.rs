@@ -4,6 +4,8 @@
 //! would crash; `process_vm_readv(2)` and `process_vm_writev(2)` on ourselves look it up in the kernel's page table at
 //! the moment of the access, and report what is not there. That costs a system call for each 64 KiB.
 //!
+//! All of it is marked cold, so that it takes no registers from the accesses that are not SVA.
+//!
 //! # Why this module is unsafe, and what makes it sound
 //! The kernel copies between a Rust slice of ours and an address that a device chose. The slice is described
 //! exactly. Whether the device may write at that address is what the [`SvaToken`](crate::SvaToken)'s maker vouched for.
@@ -17,6 +19,8 @@ const PAGE: u64 = 4096;
 const PAGES: usize = 17;
 
 /// Reads from `address` on until `out` is full or a page is missing; returns how many bytes were read.
+#[cold]
+#[inline(never)]
 pub(super) fn read(address: u64, out: &mut [u8]) -> usize {
     let me = std::process::id().cast_signed();
     transfer(address, out.len(), |remote, done, len| {
@@ -28,6 +32,8 @@ pub(super) fn read(address: u64, out: &mut [u8]) -> usize {
 }
 
 /// Writes `data` from `address` on until a page is missing or read-only; returns how many bytes were written.
+#[cold]
+#[inline(never)]
 pub(super) fn write(address: u64, data: &[u8]) -> usize {
     let me = std::process::id().cast_signed();
     transfer(address, data.len(), |remote, done, len| {
@@ -40,6 +46,8 @@ pub(super) fn write(address: u64, data: &[u8]) -> usize {
 
 /// Whether `access` to the byte at `address` would be possible now. Whether it is writable is looked up instead of
 /// tried: writing back what was read could undo another thread's write.
+#[cold]
+#[inline(never)]
 pub(super) fn check(address: u64, access: Access) -> bool {
     let mut byte = [0];
     if read(address, &mut byte) == 0 {

@@ -198,21 +198,21 @@ const fn lied<T>(why: &'static str) -> Result<T, JobError> {
 pub(super) const DONE: Outcome =
     Outcome { matched: true, delta_overflow: false, crc: 0, delta_len: 0, mismatch_at: 0 };
 
-/// Whether the answer to `op` is that it was done, and that is all there is to say: most are. Its outcome is [`DONE`].
+/// Whether the answer to `op`, of this transfer size, is that it was done, and that is all there is to say: most are.
+/// Its outcome is [`DONE`].
 #[inline]
-pub(super) fn is_plain_success(op: &Op, handshake: Handshake) -> bool {
-    handshake.status() == Status::SUCCESS.0
-        && !has_result(op)
-        && handshake.completed() as usize <= completable(op)
+pub(super) fn is_plain_success(op: &Op, size: usize, handshake: Handshake) -> bool {
+    handshake.status() == Status::SUCCESS.0 && !has_result(op) && handshake.completed() as usize <= size
 }
 
-/// Whether a success tells more than that the job is done, so that its record is needed.
+/// Whether a success tells more than that all of the transfer size is done, so that its record is needed.
 pub(super) const fn has_result(op: &Op) -> bool {
     matches!(
         op,
         Op::Compare { .. }
             | Op::ComparePattern { .. }
             | Op::CreateDelta { .. }
+            | Op::ApplyDelta { .. }
             | Op::Crc { .. }
             | Op::CopyCrc { .. }
     )
@@ -309,10 +309,11 @@ fn succeeded(
 /// How many of a batch's `members` are done for sure, given its answer: one of these that did not ask for a record on
 /// success, and has none, succeeded.
 #[inline]
-pub(super) fn silent_successes(batch: Handshake, members: u32) -> u32 {
+pub(super) fn silent_successes(batch: Handshake, members: usize) -> usize {
+    let completed = batch.completed() as usize;
     match Status(batch.status()) {
         Status::SUCCESS => members,
-        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if batch.completed() <= members => batch.completed(),
+        Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if completed <= members => completed,
         _ => 0,
     }
 }
@@ -320,14 +321,14 @@ pub(super) fn silent_successes(batch: Handshake, members: u32) -> u32 {
 /// What became of a job of a batch that has no status of its own, where the batch's status is `batch` and the
 /// job is number `index` in it.
 #[cold]
-pub(super) fn without_status(batch: Handshake, index: u32) -> JobError {
+pub(super) fn without_status(batch: Handshake, index: usize) -> JobError {
     if batch.status() == Status::NONE.0 {
         // The queue was stopped before the batch was done.
         return JobError::Reset;
     }
     let status = Status(batch.status()).code();
     match status {
-        Status::BATCH_FAILED if index >= batch.completed() => JobError::Abandoned,
+        Status::BATCH_FAILED if index >= batch.completed() as usize => JobError::Abandoned,
         Status::BATCH_FAILED | Status::SUCCESS => {
             JobError::Lied { why: "the batch is done, but this job of it has no status" }
         }

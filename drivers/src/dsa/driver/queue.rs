@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::iter;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -24,7 +25,7 @@ use zerocopy::transmute_ref;
 use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
-    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, Status, flag,
+    CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
 };
 use crate::shape::{check_shape, operands, transfer_size};
 
@@ -52,13 +53,16 @@ pub(super) struct Place {
 const VACANT: Job = Job::new(Op::Nop);
 
 /// What is in one entry.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug)]
 struct Entry {
-    /// Jobs in the batch; 0 is a single job.
-    members: u32,
-    /// Members that are back with the application.
-    delivered: u32,
-    /// The batch's handshake word, once it had a status: read once, because it is used over several polls.
+    /// Its jobs, with room for the largest batch; [`VACANT`] ones for those that are back with the application. (To
+    /// take jobs out one by one would move each as an `Option`, whose tag lies in the job's padding: in pieces, at
+    /// twice the cost.)
+    jobs: Burst<Job>,
+    is_batch: bool,
+    /// Jobs that are back with the application.
+    delivered: usize,
+    /// The handshake word, once it had a status: read once, because it may be used over several polls.
     answer: Handshake,
 }
 
@@ -75,9 +79,6 @@ pub(super) struct WorkQueue {
     /// Leases are checked, so that buffers must be registered.
     leased: bool,
 
-    /// `max_batch` an entry; a [`VACANT`] one where none is with the device. (An `Option` would put its tag into
-    /// the job's padding, and moving it in pieces costs three times as much.)
-    jobs: Vec<Job>,
     entries: Vec<Entry>,
     free: Vec<u32>,
     /// Entries with the device, in the order of submission.
@@ -116,6 +117,12 @@ impl WorkQueue {
         let mut lists = DmaBuf::new(Arc::clone(&memory))?;
         let records = lists.split_off(lists_len).split_to(records_len);
 
+        let entry = || Entry {
+            jobs: Burst::with_capacity(limits.max_batch),
+            is_batch: false,
+            delivered: 0,
+            answer: Handshake::new(),
+        };
         let interrupt = if place.interrupt.is_some() { flag::REQUEST_INTERRUPT } else { 0 };
         let pasid = if place.dedicated { None } else { space.pasid.as_ref().map(OwnedPasid::get) };
         Ok(Self {
@@ -125,8 +132,7 @@ impl WorkQueue {
             write_flags: if place.cache_control { flag::CACHE_CONTROL } else { 0 },
             context: Context::new().with_pasid(pasid.map_or(0, Pasid::get)),
             leased: space.dma.checks_leases(),
-            jobs: std::iter::repeat_with(|| VACANT).take(depth * limits.max_batch).collect(),
-            entries: vec![Entry::default(); depth],
+            entries: iter::repeat_with(entry).take(depth).collect(),
             free: (0..depth as u32).rev().collect(),
             order: VecDeque::with_capacity(depth),
             outstanding: 0,
@@ -177,15 +183,15 @@ impl WorkQueue {
         descriptor
     }
 
-    /// Where in `jobs`, `lists` and the batches' part of `records` member 0 of an entry is.
+    /// Where in `lists` and the batches' part of `records` member 0 of an entry is.
     #[inline]
     fn first_member(&self, entry: u32) -> usize {
         entry as usize * self.limits.max_batch
     }
 
     #[inline]
-    fn member_record(&self, entry: u32, member: u32) -> usize {
-        self.limits.depth + self.first_member(entry) + member as usize
+    fn member_record(&self, entry: u32, member: usize) -> usize {
+        self.limits.depth + self.first_member(entry) + member
     }
 
     /// Makes the record ready to be written by the device, and the descriptor point to it.
@@ -199,8 +205,8 @@ impl WorkQueue {
         descriptor.context = self.context;
     }
 
-    /// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in
-    /// the record, and what the job wrote to memory, is visible once this has a status.
+    /// The handshake word of a record. Acquire pairs with the device's Release of the same word: what else is in the
+    /// record, and what the job wrote to memory, is visible once this has a status.
     #[inline]
     fn handshake(&self, record: usize) -> Handshake {
         Handshake::from_bits(self.records.word(record, HANDSHAKE).load(Ordering::Acquire))
@@ -224,29 +230,30 @@ impl WorkQueue {
         accepted
     }
 
-    #[inline]
+    /// Registers the leases of an operation that was admitted. Needed only where they are checked.
     fn lend(&self, op: &Op) {
-        if self.leased {
-            for (buf, access) in operands(op) {
-                let lent = self.space.dma.hand_out(buf, access);
-                debug_assert!(lent.is_some(), "encode found it mapped");
-            }
+        for (buf, access) in operands(op) {
+            let lent = self.space.dma.hand_out(buf, access);
+            debug_assert!(lent.is_some(), "encode found it mapped");
         }
     }
 
-    #[inline]
+    /// The opposite of [`lend`](Self::lend).
     fn take_back(&self, op: &Op) {
-        if self.leased {
-            operands(op).for_each(|(buf, access)| self.space.dma.take_back(buf, access));
-        }
+        operands(op).for_each(|(buf, access)| self.space.dma.take_back(buf, access));
     }
 
-    /// An entry is with the device.
+    /// The entry that was vacant is with the device; returns where its jobs go.
     #[inline]
-    fn submitted(&mut self, entry: u32, members: u32) {
+    fn submitted(&mut self, entry: u32, is_batch: bool, count: usize) -> &mut Burst<Job> {
         self.free.pop();
         self.order.push_back(entry);
-        self.entries[entry as usize] = Entry { members, ..Entry::default() };
+        self.outstanding += count;
+        let entry = &mut self.entries[entry as usize];
+        entry.is_batch = is_batch;
+        entry.delivered = 0;
+        entry.answer = Handshake::new();
+        &mut entry.jobs
     }
 
     /// Moves the jobs of an entry to `done`, for as long as they fit; says whether all did. `answer` without a
@@ -259,63 +266,47 @@ impl WorkQueue {
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
     ) -> bool {
-        let first = self.first_member(entry);
-        let Entry { members, delivered, .. } = self.entries[entry as usize];
-        if members == 0 {
-            if done.is_full() {
-                return false;
-            }
-            let missing = || JobError::Reset;
-            self.finish(first, answer, entry as usize, missing, done, sum);
-            return true;
-        }
-        let now = members.min(delivered + done.room() as u32);
-        let silent = silent_successes(answer, members);
-        for member in delivered..now {
-            let (record, slot) = (self.member_record(entry, member), first + member as usize);
-            let mut handshake = self.handshake(record);
-            if handshake.status() == 0 && member < silent && !has_result(&self.jobs[slot].op) {
-                handshake = Handshake::new().with_status(Status::SUCCESS.0);
-            }
-            let missing = || without_status(answer, member);
-            self.finish(slot, handshake, record, missing, done, sum);
-        }
-        self.entries[entry as usize].delivered = now;
-        now == members
-    }
-
-    /// Moves one job to `done`, which has room. Without a status in its handshake word, its error is `missing`.
-    #[inline]
-    fn finish(
-        &mut self,
-        slot: usize,
-        handshake: Handshake,
-        record: usize,
-        missing: impl FnOnce() -> JobError,
-        done: &mut Burst<Done>,
-        sum: &mut CounterValues,
-    ) {
-        self.outstanding -= 1;
-        sum.jobs += 1;
-        let op = &self.jobs[slot].op;
-        self.take_back(op);
-        let plain = is_plain_success(op, handshake);
-        // A copied constant, and then a swap of jobs: to put a Done together first costs three times as much, in
-        // loads that wait for narrower stores.
-        done.put(const { Done { job: VACANT, result: Ok(DONE) } });
-        let Some(last) = done.last_mut() else { return };
-        if !plain {
-            last.result = if handshake.status() == 0 {
-                Err(missing())
+        let first_record = self.member_record(entry, 0);
+        let Entry { is_batch, delivered, ref mut jobs, .. } = self.entries[entry as usize];
+        let now = jobs.len().min(delivered + done.room());
+        let all = now == jobs.len();
+        let silent = if is_batch { silent_successes(answer, jobs.len()) } else { 0 };
+        let filled = done.len();
+        // First every job with the outcome that most have, a constant: a Done that is put together from its own is
+        // moved in loads that wait for narrower stores, at three times the cost.
+        let back = jobs[delivered..now].iter_mut();
+        done.extend(back.map(|job| Done { job: mem::replace(job, VACANT), result: const { Ok(DONE) } }));
+        for (member, done) in (delivered..now).zip(&mut done[filled..]) {
+            let op = &done.job.op;
+            let (record, handshake) = if is_batch {
+                (first_record + member, self.handshake(first_record + member))
             } else {
-                judge(op, handshake, &self.records, record)
+                (entry as usize, answer)
             };
+            let size = transfer_size(op);
+            self.take_back(op);
+            let is_silent = handshake.status() == 0 && member < silent && !has_result(op);
+            if !is_silent && !is_plain_success(op, size, handshake) {
+                done.result = match handshake.status() {
+                    0 if is_batch => Err(without_status(answer, member)),
+                    0 => Err(JobError::Reset),
+                    _ => judge(op, handshake, &self.records, record),
+                };
+                if done.result.is_err() {
+                    sum.failed += 1;
+                    continue;
+                }
+            }
+            sum.bytes += size as u64;
         }
-        match last.result {
-            Ok(_) => sum.bytes += transfer_size(op) as u64,
-            Err(_) => sum.failed += 1,
+        sum.jobs += (now - delivered) as u64;
+        self.outstanding -= now - delivered;
+        let entry = &mut self.entries[entry as usize];
+        entry.delivered = now;
+        if all {
+            entry.jobs.clear();
         }
-        mem::swap(&mut last.job, &mut self.jobs[slot]);
+        all
     }
 
     /// The answer to a whole entry; without a status where there is none yet.
@@ -335,13 +326,14 @@ impl WorkQueue {
     /// Gives back the entry at this place in the order.
     #[inline]
     fn release(&mut self, place: usize) {
-        if place == 0 {
+        let entry = if place == 0 {
             self.patience = 0;
             self.waiting_since = None;
-        }
-        if let Some(entry) = self.order.remove(place) {
-            self.free.push(entry);
-        }
+            self.order.pop_front()
+        } else {
+            self.order.remove(place)
+        };
+        self.free.extend(entry);
     }
 
     /// Whether a poll would find something.
@@ -368,7 +360,7 @@ impl WorkQueue {
     fn leak(&mut self) {
         self.set_state(State::Gone);
         self.memory.leak();
-        for job in self.jobs.drain(..) {
+        for job in self.entries.iter_mut().flat_map(|entry| entry.jobs.drain_all()) {
             operands(&job.op).for_each(|(buf, _)| buf.region().leak());
         }
         self.order.clear();
@@ -427,15 +419,14 @@ impl Channel for WorkQueue {
         };
         self.ask_for_record(&mut descriptor, self.entry_flags, entry as usize);
         descriptor.interrupt_handle = self.place.interrupt_handle;
-        self.lend(&job.op);
+        if self.leased {
+            self.lend(&job.op);
+        }
         if !self.post(&descriptor) {
             self.take_back(&job.op);
             return Err(Rejected { job, why: Reason::Full });
         }
-        self.submitted(entry, 0);
-        self.outstanding += 1;
-        let slot = self.first_member(entry);
-        self.jobs[slot] = job;
+        let _ = self.submitted(entry, false, 1).push(job);
         Ok(())
     }
 
@@ -455,7 +446,7 @@ impl Channel for WorkQueue {
             // The batch's own record tells that all is well. Those of the members are lines that the device would have
             // to fetch from this core one by one: only a result, or an error, is worth it.
             let record = if has_result(&job.op) { RECORD } else { flag::COMPLETION_ADDRESS_VALID };
-            self.ask_for_record(&mut descriptor, record | fence, self.member_record(entry, index as u32));
+            self.ask_for_record(&mut descriptor, record | fence, self.member_record(entry, index));
             self.lists.write(first + index, &descriptor);
         }
         let mut batch = Descriptor::new(Opcode::Batch, 0);
@@ -463,16 +454,14 @@ impl Channel for WorkQueue {
         batch.size = count as u32;
         batch.interrupt_handle = self.place.interrupt_handle;
         self.ask_for_record(&mut batch, self.entry_flags, entry as usize);
-        jobs[..count].iter().for_each(|job| self.lend(&job.op));
+        if self.leased {
+            jobs[..count].iter().for_each(|job| self.lend(&job.op));
+        }
         if !self.post(&batch) {
             jobs[..count].iter().for_each(|job| self.take_back(&job.op));
             return Err((0, Reason::Full));
         }
-        self.submitted(entry, count as u32);
-        self.outstanding += count;
-        self.jobs[first..first + count].swap_with_slice(&mut jobs[..count]);
-        // What is left there now are vacant jobs.
-        drop(jobs.drain(count));
+        self.submitted(entry, true, count).append(jobs, count);
         Ok(count)
     }
 
@@ -586,7 +575,7 @@ impl Drop for WorkQueue {
             self.leak();
             return;
         }
-        for job in &self.jobs {
+        for job in self.entries.iter().flat_map(|entry| entry.jobs.iter()) {
             self.take_back(&job.op);
         }
     }
