@@ -198,11 +198,13 @@ const fn lied<T>(why: &'static str) -> Result<T, JobError> {
 pub(super) const DONE: Outcome =
     Outcome { matched: true, delta_overflow: false, crc: 0, delta_len: 0, mismatch_at: 0 };
 
-/// Whether the answer to `op`, of this transfer size, is that it was done, and that is all there is to say: most are.
-/// Its outcome is [`DONE`].
+/// Whether the answer to `op`, or to the batch that it is in, is that it was done, and that is all there is to say:
+/// most are. Its outcome is [`DONE`].
 #[inline]
-pub(super) fn is_plain_success(op: &Op, size: usize, handshake: Handshake) -> bool {
-    handshake.status() == Status::SUCCESS.0 && !has_result(op) && handshake.completed() as usize <= size
+pub(super) fn is_plain_success(op: &Op, answer: Handshake, is_batch: bool) -> bool {
+    answer.status() == Status::SUCCESS.0
+        && !has_result(op)
+        && (is_batch || answer.completed() as usize <= completable(op))
 }
 
 /// Whether a success tells more than that all of the transfer size is done, so that its record is needed.
@@ -212,7 +214,6 @@ pub(super) const fn has_result(op: &Op) -> bool {
         Op::Compare { .. }
             | Op::ComparePattern { .. }
             | Op::CreateDelta { .. }
-            | Op::ApplyDelta { .. }
             | Op::Crc { .. }
             | Op::CopyCrc { .. }
     )

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use underpass::accel::{
-    Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Reason, Rejected, State,
+    Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Outcome, Reason, Rejected, State,
 };
 use underpass::bar::Bar;
 use underpass::dma::{DmaBuf, DmaSpace, Records};
@@ -266,39 +266,22 @@ impl WorkQueue {
         done: &mut Burst<Done>,
         sum: &mut CounterValues,
     ) -> bool {
-        let first_record = self.member_record(entry, 0);
         let Entry { is_batch, delivered, ref mut jobs, .. } = self.entries[entry as usize];
         let now = jobs.len().min(delivered + done.room());
-        let all = now == jobs.len();
-        let silent = if is_batch { silent_successes(answer, jobs.len()) } else { 0 };
-        let filled = done.len();
+        let (all, filled) = (now == jobs.len(), done.len());
         // First every job with the outcome that most have, a constant: a Done that is put together from its own is
         // moved in loads that wait for narrower stores, at three times the cost.
-        let back = jobs[delivered..now].iter_mut();
-        done.extend(back.map(|job| Done { job: mem::replace(job, VACANT), result: const { Ok(DONE) } }));
-        for (member, done) in (delivered..now).zip(&mut done[filled..]) {
-            let op = &done.job.op;
-            let (record, handshake) = if is_batch {
-                (first_record + member, self.handshake(first_record + member))
-            } else {
-                (entry as usize, answer)
-            };
-            let size = transfer_size(op);
-            self.take_back(op);
-            let is_silent = handshake.status() == 0 && member < silent && !has_result(op);
-            if !is_silent && !is_plain_success(op, size, handshake) {
-                done.result = match handshake.status() {
-                    0 if is_batch => Err(without_status(answer, member)),
-                    0 => Err(JobError::Reset),
-                    _ => judge(op, handshake, &self.records, record),
-                };
-                if done.result.is_err() {
-                    sum.failed += 1;
-                    continue;
-                }
-            }
-            sum.bytes += size as u64;
+        let (mut bytes, mut plain) = (0, !self.leased);
+        let moved = jobs[delivered..now].iter_mut().map(|job| {
+            bytes += transfer_size(&job.op) as u64;
+            plain &= is_plain_success(&job.op, answer, is_batch);
+            mem::replace(job, VACANT)
+        });
+        done.extend(moved.map(|job| Done { job, result: const { Ok(DONE) } }));
+        if !plain {
+            bytes -= self.settle(entry, delivered, answer, &mut done[filled..], sum);
         }
+        sum.bytes += bytes;
         sum.jobs += (now - delivered) as u64;
         self.outstanding -= now - delivered;
         let entry = &mut self.entries[entry as usize];
@@ -307,6 +290,50 @@ impl WorkQueue {
             entry.jobs.clear();
         }
         all
+    }
+
+    /// Takes leases back and finds out how jobs ended where they did not all just succeed; the first of them is member
+    /// `first` of its entry. Returns the bytes of those that failed.
+    fn settle(
+        &self,
+        entry: u32,
+        first: usize,
+        answer: Handshake,
+        done: &mut [Done],
+        sum: &mut CounterValues,
+    ) -> u64 {
+        let mut bytes = 0;
+        for (member, done) in (first..).zip(done) {
+            let op = &done.job.op;
+            if self.leased {
+                self.take_back(op);
+            }
+            if !is_plain_success(op, answer, self.entries[entry as usize].is_batch) {
+                done.result = self.result(entry, member, answer, op);
+                if done.result.is_err() {
+                    sum.failed += 1;
+                    bytes += transfer_size(op) as u64;
+                }
+            }
+        }
+        bytes
+    }
+
+    /// How one job of an entry ended, where there is more to it than success.
+    fn result(&self, entry: u32, member: usize, answer: Handshake, op: &Op) -> Result<Outcome, JobError> {
+        let Entry { is_batch, ref jobs, .. } = self.entries[entry as usize];
+        if !is_batch {
+            return match answer.status() {
+                0 => Err(JobError::Reset),
+                _ => judge(op, answer, &self.records, entry as usize),
+            };
+        }
+        let record = self.member_record(entry, member);
+        match self.handshake(record) {
+            own if own.status() != 0 => judge(op, own, &self.records, record),
+            _ if member < silent_successes(answer, jobs.len()) && !has_result(op) => Ok(DONE),
+            _ => Err(without_status(answer, member)),
+        }
     }
 
     /// The answer to a whole entry; without a status where there is none yet.
