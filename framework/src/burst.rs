@@ -41,7 +41,11 @@ impl<T> Burst<T> {
     #[inline]
     pub fn append(&mut self, from: &mut Self, count: usize) {
         assert!(count <= self.room(), "{count} items do not fit, {} do", self.room());
-        if count == from.len() {
+        let all = count == from.len();
+        if all && self.is_empty() && self.capacity() == from.capacity() {
+            // The two trade places: nothing is copied.
+            std::mem::swap(self, from);
+        } else if all {
             self.0.append(&mut from.0);
         } else {
             self.0.extend(from.0.drain(..count));
@@ -127,14 +131,24 @@ mod tests {
 
     #[test]
     fn appending_moves_the_first_items_and_keeps_both_capacities() {
-        for count in 0..=3 {
-            let (mut to, mut from) = (of(&[1, 2], 5), of(&[3, 4, 5], 3));
-            let capacities = (to.capacity(), from.capacity());
-            to.append(&mut from, count);
-            assert_eq!((&to[..2], &to[2..]), (&[1, 2][..], &[3, 4, 5][..count]));
-            assert_eq!(from[..], [3, 4, 5][count..]);
-            assert_eq!((to.capacity(), from.capacity()), capacities);
+        // To some that are there, to an empty one, and to an empty one of the same capacity.
+        for (before, capacity) in [(&[1, 2][..], 5), (&[], 5), (&[], 3)] {
+            for count in 0..=3 {
+                let (mut to, mut from) = (of(before, capacity), of(&[3, 4, 5], 3));
+                to.append(&mut from, count);
+                assert_eq!(to[..], [before, &[3, 4, 5][..count]].concat());
+                assert_eq!(from[..], [3, 4, 5][count..]);
+                assert_eq!((to.capacity(), from.capacity()), (capacity, 3));
+            }
         }
+    }
+
+    #[test]
+    fn a_full_one_gives_the_item_back() {
+        let mut burst = of(&[1, 2], 2);
+        assert_eq!(burst.push(3), Err(3));
+        assert_eq!(burst.drain(1).collect::<Vec<_>>(), [1]);
+        assert_eq!((burst.room(), &burst[..]), (1, &[2][..]));
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub enum Reason {
     Full,
     /// The channel does not do this operation.
     Unsupported,
-    /// A buffer's region is not mapped for this channel ([`Channel::map`]). Counted as an isolation refusal.
+    /// A buffer's region is not mapped for this channel ([`Channel::map`](super::Channel::map)). Counted as an isolation refusal.
     NotMapped,
     /// A buffer is empty, longer than the device's maximum, or the buffers' lengths do not fit together.
     Size,
@@ -111,7 +111,7 @@ pub enum Reason {
     Alignment,
     /// Not in a batch, or too few or too many jobs for one.
     Batch,
-    /// The channel is not running ([`Channel::state`]).
+    /// The channel is not running ([`Channel::state`](super::Channel::state)).
     NotRunning,
 }
 

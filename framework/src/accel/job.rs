@@ -142,14 +142,14 @@ pub enum Op {
         /// Eight bytes, repeated.
         pattern: u64,
     },
-    /// Compares two buffers of the same length; [`Outcome::matched`] tells.
+    /// Compares two buffers of the same length; [`Outcome::matched`](super::Outcome::matched) tells.
     Compare {
         /// Read.
         a: Source,
         /// Read.
         b: Source,
     },
-    /// Compares a buffer with a pattern as [`Op::Fill`] would write it; [`Outcome::matched`] tells.
+    /// Compares a buffer with a pattern as [`Op::Fill`] would write it; [`Outcome::matched`](super::Outcome::matched) tells.
     ComparePattern {
         /// Read.
         src: Source,
@@ -158,8 +158,8 @@ pub enum Op {
     },
     /// Writes a record of where `modified` differs from `original` to `delta`, in units of 8 bytes: entries of
     /// 10 bytes, a 16-bit little-endian index of the unit and its 8 new bytes. Both sources have the same
-    /// length, a multiple of 8 and at most 512 KiB. [`Outcome::matched`] is true when they are equal,
-    /// [`Outcome::delta_len`] is the record's size; a record that does not fit is [`Outcome::delta_overflow`].
+    /// length, a multiple of 8 and at most 512 KiB. [`Outcome::matched`](super::Outcome::matched) is true when they are equal,
+    /// [`Outcome::delta_len`](super::Outcome::delta_len) is the record's size; a record that does not fit is [`Outcome::delta_overflow`](super::Outcome::delta_overflow).
     CreateDelta {
         /// Read.
         original: Source,
@@ -187,7 +187,7 @@ pub enum Op {
         dst2: DmaBuf,
     },
     /// The CRC32C (RFC 3720, appendix B.4) of `src`, continued from `seed` (0 to begin; an earlier
-    /// [`Outcome::crc`] to go on).
+    /// [`Outcome::crc`](super::Outcome::crc) to go on).
     Crc {
         /// Read.
         src: Source,
@@ -203,7 +203,7 @@ pub enum Op {
         /// The CRC so far.
         seed: u32,
     },
-    /// Checks blocks with protection information; a wrong one is [`JobError::Dif`].
+    /// Checks blocks with protection information; a wrong one is [`JobError::Dif`](super::JobError::Dif).
     DifCheck {
         /// Read: whole blocks of data and 8 bytes each.
         src: Source,
@@ -367,7 +367,7 @@ pub struct Job {
     /// The caller's own; the channel does not look at it.
     pub tag: u64,
     /// Start only after every earlier job *of the same batch* has completed; and if one of those failed, do
-    /// not start at all ([`JobError::Abandoned`]).
+    /// not start at all ([`JobError::Abandoned`](super::JobError::Abandoned)).
     pub fence: bool,
 }
 

@@ -2,9 +2,9 @@
 //! behind the software IOMMU. It is what the driver is tested against, so it checks what the specification says a
 //! device checks, and believes nothing that a driver or a guest writes.
 //!
-//! What is where: [`queue`] takes descriptors at the portals, lock-free; [`engine`] takes them from there, [`check`]
-//! refuses bad ones and [`execute`] does the others; [`registers`] is the register file, [`command`] what a write to
-//! CMD starts; [`device`] is what all of them share.
+//! What is where: `queue` takes descriptors at the portals, lock-free; `engine` takes them from there, `check`
+//! refuses bad ones and `execute` does the others; `registers` is the register file, `command` what a write to
+//! CMD starts; `device` is what all of them share.
 //!
 //! Where the public documents leave something open, the model does this:
 //! - *Abort* drops descriptors that have not begun, ends the others after the piece of data at hand, and writes no

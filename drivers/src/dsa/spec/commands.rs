@@ -165,7 +165,7 @@ impl CommandError {
     }
 }
 
-/// SWERR, first word ("Software Error Register"). The error is a [`Status`](super::Status) where a descriptor is to
+/// SWERR, first word ("Software Error Register"). The error is a `Status` where a descriptor is to
 /// blame, else a [`SubmissionError`].
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]

@@ -93,7 +93,7 @@ pub mod flag {
     pub const REQUEST_INTERRUPT: u32 = 1 << 4;
     /// Steering tag of the completion record.
     pub const COMPLETION_STEERING: u32 = 1 << 5;
-    /// Compare the result with the expected one; a difference is [`Status::FALSE_PREDICATE`](super::Status).
+    /// Compare the result with the expected one; a difference is `Status::FALSE_PREDICATE`.
     pub const CHECK_RESULT: u32 = 1 << 7;
     /// Writes go to the cache (a hint); for a cache flush: keep the lines valid.
     pub const CACHE_CONTROL: u32 = 1 << 8;
@@ -216,7 +216,7 @@ impl Descriptor {
     }
 
     /// Create delta: where the record goes, its largest size (a multiple of 10, at least 80), and the results that
-    /// [`flag::CHECK_RESULT`] expects, a bit for each [`delta_result`].
+    /// [`flag::CHECK_RESULT`] expects, a bit for each `delta_result`.
     #[inline]
     #[must_use]
     pub const fn with_delta(mut self, record: u64, max_size: u32, expected_mask: u8) -> Self {

@@ -6,34 +6,34 @@ use bitfield_struct::bitfield;
 pub mod reg {
     /// Version: major in bits 15:8, minor in bits 7:0. 32 bits.
     pub const VERSION: u64 = 0x00;
-    /// General capabilities, [`GenCap`](super::GenCap).
+    /// General capabilities, `GenCap`.
     pub const GENCAP: u64 = 0x10;
-    /// Work queue capabilities, [`WqCap`](super::WqCap).
+    /// Work queue capabilities, `WqCap`.
     pub const WQCAP: u64 = 0x20;
-    /// Group capabilities, [`GrpCap`](super::GrpCap).
+    /// Group capabilities, `GrpCap`.
     pub const GRPCAP: u64 = 0x30;
-    /// Engine capabilities, [`EngCap`](super::EngCap).
+    /// Engine capabilities, `EngCap`.
     pub const ENGCAP: u64 = 0x38;
     /// Operation capabilities: 256 bits, one an opcode.
     pub const OPCAP: u64 = 0x40;
-    /// Places of the tables, [`Offsets`](super::Offsets); 128 bits, of which the upper 64 hold
-    /// [`PerfmonOffset`](super::PerfmonOffset).
+    /// Places of the tables, `Offsets`; 128 bits, of which the upper 64 hold
+    /// `PerfmonOffset`.
     pub const OFFSETS: u64 = 0x60;
-    /// General configuration, [`GenCfg`](super::GenCfg). 32 bits.
+    /// General configuration, `GenCfg`. 32 bits.
     pub const GENCFG: u64 = 0x80;
-    /// General control, [`GenCtrl`](super::GenCtrl). 32 bits.
+    /// General control, `GenCtrl`. 32 bits.
     pub const GENCTRL: u64 = 0x88;
-    /// General status, [`GenSts`](super::GenSts). 32 bits.
+    /// General status, `GenSts`. 32 bits.
     pub const GENSTS: u64 = 0x90;
-    /// Interrupt causes, [`IntCause`](super::IntCause), cleared by writing ones. 32 bits.
+    /// Interrupt causes, `IntCause`, cleared by writing ones. 32 bits.
     pub const INTCAUSE: u64 = 0x98;
-    /// Command, [`Cmd`](super::Cmd). 32 bits.
+    /// Command, `Cmd`. 32 bits.
     pub const CMD: u64 = 0xa0;
-    /// Command status, [`CmdSts`](super::CmdSts). 32 bits.
+    /// Command status, `CmdSts`. 32 bits.
     pub const CMDSTS: u64 = 0xa8;
     /// Command capabilities: bit n stands for command code n. 32 bits.
     pub const CMDCAP: u64 = 0xb0;
-    /// Software error: four 64-bit words, [`SwErr`](super::SwErr), [`SwErrBatch`](super::SwErrBatch), the address,
+    /// Software error: four 64-bit words, `SwErr`, `SwErrBatch`, the address,
     /// and a reserved one. Acknowledged by writing ones to `valid` and `overflow`.
     pub const SWERR: u64 = 0xc0;
     /// Event log configuration (from version 2 on).

@@ -47,21 +47,21 @@ pub struct GrpFlags {
 
 /// Offsets of the 32-bit words in a WQCFG ("Work Queue Configuration Table").
 pub mod wqcfg {
-    /// [`WqSize`](super::WqSize).
+    /// `WqSize`.
     pub const SIZE: u64 = 0;
-    /// [`WqThreshold`](super::WqThreshold). The one word that can be written while the queue is enabled.
+    /// `WqThreshold`. The one word that can be written while the queue is enabled.
     pub const THRESHOLD: u64 = 4;
-    /// [`WqMode`](super::WqMode).
+    /// `WqMode`.
     pub const MODE: u64 = 8;
-    /// [`WqLimits`](super::WqLimits).
+    /// `WqLimits`.
     pub const LIMITS: u64 = 12;
-    /// [`WqOccupancyHandle`](super::WqOccupancyHandle).
+    /// `WqOccupancyHandle`.
     pub const OCCUPANCY_HANDLE: u64 = 16;
-    /// [`WqOccupancyLimit`](super::WqOccupancyLimit).
+    /// `WqOccupancyLimit`.
     pub const OCCUPANCY_LIMIT: u64 = 20;
-    /// [`WqStatus`](super::WqStatus).
+    /// `WqStatus`.
     pub const STATUS: u64 = 24;
-    /// 256 bits, one an opcode that the queue may do; only where [`WqCap::op_config`](super::WqCap::op_config).
+    /// 256 bits, one an opcode that the queue may do; only where `WqCap::op_config`.
     pub const OP_CONFIG: u64 = 32;
 }
 
