@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::iova::{IovaAllocator, IovaRange};
-use crate::{Access, Error, ErrorKind, Iova, PageSizes, Pasid, Region, Result, soft};
+use crate::{Access, Iova, PageSizes, Pasid, Region, Result, soft};
 
 /// A kind of IOMMU, able to make address spaces.
 pub trait IommuBackend: Send + Sync + fmt::Debug {
@@ -27,16 +27,16 @@ pub trait IommuBackend: Send + Sync + fmt::Debug {
     fn attach_sva(&self, device: &dyn Attachable, pasid: Pasid, token: SvaToken) -> Result<Attachment>;
 }
 
-/// Proof that somebody took responsibility for a device that can touch the whole process.
-#[derive(Debug, Clone, Copy)]
+/// Proof that somebody took responsibility for devices that can touch the whole process.
+#[derive(Debug, Clone)]
 pub struct SvaToken(());
 
 impl SvaToken {
     /// Opts in to shared virtual addressing.
     ///
     /// # Safety
-    /// Whoever makes a token vouches for the driver and the device that it is given to: under SVA a wrong
-    /// address corrupts this process's memory, and no IOMMU stops it. The caller also keeps memory of
+    /// Whoever makes a token vouches for every driver and device that it, or a clone of it, is given to: under SVA a
+    /// wrong address corrupts this process's memory, and no IOMMU stops it. The caller also keeps memory of
     /// outstanding jobs in place until the device has finished with it.
     #[must_use]
     pub const unsafe fn new() -> Self {
@@ -73,7 +73,7 @@ pub enum Vendor {
 /// What an attached device can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// PASIDs that the device and its IOMMU have, numbered from 1 to this; 0 is none.
+    /// PASIDs that the IOMMU has for the device, numbered from 1 to this; 0 is none. A device may have fewer itself.
     pub max_pasids: u32,
     /// Page sizes that one entry can map.
     pub page_sizes: PageSizes,
@@ -143,7 +143,8 @@ impl Ioas {
         Self(Arc::new(Shared { ops, iovas }))
     }
 
-    /// Attaches `device`, or one PASID of it, to this space.
+    /// Attaches `device`, or one PASID of it, to this space. A PASID that came from [`Pasid::allocate`] is to be kept
+    /// until the attachment is dropped: else it could be given to somebody else meanwhile.
     ///
     /// # Errors
     /// The backend's refusal; [`ErrorKind::Busy`] if something is mapped already at an address that the
@@ -297,14 +298,4 @@ impl fmt::Debug for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Attachment({}, pasid {:?}, {:?})", self.name, self.pasid, self.ioas)
     }
-}
-
-/// The error for an [`Attachable`] that a backend does not take.
-pub(crate) fn not_my_kind(backend: &'static str, device: &dyn Attachable) -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "attach the device to an address space",
-        format!("the {backend} backend does not drive devices of its kind ({:?})", device.kind()),
-    )
-    .device(device.name().to_owned())
 }

@@ -12,7 +12,8 @@
 //! let iommu = SoftIommu::new(Default::default());
 //! let device = iommu.device("soft:example");
 //! let ioas = iommu.alloc_ioas()?;
-//! let attachment = ioas.attach(&device, Some(Pasid::allocate()?.get()))?;
+//! let pasid = Pasid::allocate()?;
+//! let attachment = ioas.attach(&device, Some(pasid.get()))?;
 //! let region = Region::builder(64 * 1024).build()?;
 //! let mapping = ioas.map(&region, Access::READ_WRITE)?;
 //! println!("{} maps {:?} at {}", attachment.name(), region, mapping.iova());

@@ -101,7 +101,7 @@ impl SoftDevice {
             let leaf = Box::new([const { ContextCell(AtomicPtr::new(ptr::null_mut())) }; PASID_LEAF]);
             self.pasids[pasid.get() as usize / PASID_LEAF].store(Box::into_raw(leaf), Ordering::Release);
         }
-        self.cell(pasid).unwrap_or(&self.rid)
+        self.cell(pasid).expect("the leaf was made just now, and leaves stay")
     }
 
     pub(super) fn attach_lock(&self) -> MutexGuard<'_, ()> {

@@ -12,15 +12,9 @@
 //! A bus never reads its own slot: an access is two independent stores, with no chain from one to the next.
 
 #[cfg(loom)]
-use loom::{
-    sync::atomic::{AtomicU64, Ordering, fence},
-    thread::yield_now,
-};
+use loom::sync::atomic::{AtomicU64, Ordering, fence};
 #[cfg(not(loom))]
-use std::{
-    sync::atomic::{AtomicU64, Ordering, fence},
-    thread::yield_now,
-};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use std::sync::Arc;
 
@@ -93,15 +87,11 @@ pub(super) fn wait_for(devices: &[Waiting]) {
     barrier::heavy();
     for (generation, slots) in devices {
         for slot in slots {
-            // An access covers at most 64 KiB of data and waits for nothing, so this is short: but its thread may
-            // not be running, so give way.
-            loop {
+            let is_over = || {
                 let inside = slot.inside.load(Ordering::Acquire);
-                if inside == 0 || inside >= *generation {
-                    break;
-                }
-                yield_now();
-            }
+                inside == 0 || inside >= *generation
+            };
+            barrier::wait_until(is_over);
         }
     }
 }
@@ -121,7 +111,9 @@ mod barrier {
     pub(super) fn asymmetric() -> bool {
         if STATE.load(Ordering::Acquire) == UNKNOWN {
             let registered = membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED).is_ok();
-            STATE.store(if registered { REGISTERED } else { REFUSED }, Ordering::Release);
+            let answer = if registered { REGISTERED } else { REFUSED };
+            // The first answer stays: slots and waiters must agree.
+            let _ = STATE.compare_exchange(UNKNOWN, answer, Ordering::AcqRel, Ordering::Acquire);
         }
         STATE.load(Ordering::Acquire) == REGISTERED
     }
@@ -129,10 +121,32 @@ mod barrier {
     pub(super) fn heavy() {
         fence(Ordering::SeqCst);
         if STATE.load(Ordering::Acquire) == REGISTERED {
-            // Once registered it fails only for lack of kernel memory. The buses have no barrier of their own
-            // then, and going on could free memory under a device.
-            while membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED).is_err() {
+            while let Err(error) = membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) {
+                // Once registered it fails only for lack of kernel memory, or if a seccomp filter came later. The buses
+                // have no barrier of their own, so to go on could free memory under a device.
+                if !matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN | libc::EINTR)) {
+                    tracing::error!(
+                        "membarrier(2) worked and is refused now ({error}): DMA can not be stopped safely; \
+                         allow membarrier in the seccomp filter"
+                    );
+                    std::process::abort();
+                }
                 std::thread::yield_now();
+            }
+        }
+    }
+
+    /// An access covers at most 64 KiB of data and waits for nothing, so this is short. But its thread may not be
+    /// running: give way, and then sleep, which also lets a thread of lower priority on.
+    pub(super) fn wait_until(is_over: impl Fn() -> bool) {
+        for turn in 0_u64.. {
+            if is_over() {
+                return;
+            }
+            if turn < 100 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(std::time::Duration::from_micros(50));
             }
         }
     }
@@ -152,6 +166,12 @@ mod barrier {
 
     pub(super) fn heavy() {
         loom::sync::atomic::fence(loom::sync::atomic::Ordering::SeqCst);
+    }
+
+    pub(super) fn wait_until(is_over: impl Fn() -> bool) {
+        while !is_over() {
+            loom::thread::yield_now();
+        }
     }
 }
 

@@ -13,6 +13,12 @@ struct Lease {
     access: Access,
 }
 
+impl Lease {
+    fn new(iova: Iova, len: u64, access: Access) -> Self {
+        Self { start: iova.get(), end: iova.get().saturating_add(len), access }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct LeaseList(Mutex<Vec<Lease>>);
 
@@ -22,12 +28,12 @@ impl LeaseList {
     }
 
     pub(super) fn grant(&self, iova: Iova, len: u64, access: Access) {
-        self.list().push(Lease { start: iova.get(), end: iova.get() + len, access });
+        self.list().push(Lease::new(iova, len, access));
     }
 
     /// Whether there was such a lease.
     pub(super) fn take_back(&self, iova: Iova, len: u64, access: Access) -> bool {
-        let lease = Lease { start: iova.get(), end: iova.get() + len, access };
+        let lease = Lease::new(iova, len, access);
         let mut list = self.list();
         // The newest are at the end, and most are short-lived.
         let found = list.iter().rposition(|l| *l == lease);
@@ -35,6 +41,12 @@ impl LeaseList {
             list.swap_remove(at);
         }
         found.is_some()
+    }
+
+    /// Takes back all leases in the range: what it held is unmapped.
+    pub(super) fn clear(&self, iova: Iova, len: u64) {
+        let all = Lease::new(iova, len, Access::READ_WRITE);
+        self.list().retain(|lease| lease.end <= all.start || all.end <= lease.start);
     }
 
     /// How many of the `len` bytes from `iova` on are leased for `access`.
@@ -68,6 +80,8 @@ mod tests {
         assert_eq!(leases.covered(0x1080, 0x400, Access::WRITE), 0x80);
         assert_eq!(leases.covered(0xfff, 2, Access::READ), 0);
         assert!(!leases.take_back(Iova::new(0x1000), 0x100, Access::READ), "another lease's rights");
+        leases.clear(Iova::new(0x1300), 0x1000);
+        assert_eq!(leases.covered(0x1300, 1, Access::READ), 0);
         assert!(leases.take_back(Iova::new(0x1000), 0x100, Access::READ_WRITE));
         assert_eq!(leases.covered(0x1080, 1, Access::READ), 0);
     }

@@ -46,7 +46,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use bus::{Bus, DmaFault};
 pub use device::SoftDevice;
 
-use crate::backend::not_my_kind;
 use crate::{
     Access, Attachable, AttachableKind, Attachment, AttachmentOps, Capabilities, Error, ErrorKind, Ioas,
     IoasOps, IommuBackend, Iova, IovaRange, Leases, PageSize, PageSizes, Pasid, Region, Result, SvaToken,
@@ -119,8 +118,6 @@ impl SoftIommu {
                 "the device is behind another software IOMMU",
             )
             .mend("allocate the address space from the IOMMU that the device was made with")),
-            #[allow(unreachable_patterns, reason = "other backends add kinds")]
-            _ => Err(not_my_kind(self.name(), device)),
         }
     }
 }
@@ -211,17 +208,22 @@ impl IoasOps for SoftIoas {
             .find(|size| *size <= region.page_size() && sizes.contains(*size))
             .unwrap_or(PageSize::Size4K);
         let host = region.as_ptr().as_ptr().expose_provenance() as u64;
-        self.domain.table.map(iova, host, region.len(), size, access)?;
+        let result = self.domain.table.map(iova, host, region.len(), size, access);
         let retired = self.domain.table.take_retired();
-        if !retired.is_empty() {
+        // Devices may have seen what is gone again: nodes in whose place a large page came, and the leaves that a map
+        // wrote before it found its range taken.
+        if result.is_err() || !retired.is_empty() {
             self.domain.invalidate();
             drop(retired);
         }
-        Ok(())
+        result
     }
 
     fn unmap(&self, iova: Iova, len: u64) -> Result<()> {
         let unmapped = self.domain.table.unmap(iova, len);
+        if let Some(leases) = &self.domain.leases {
+            leases.clear(iova, len);
+        }
         self.domain.invalidate();
         if unmapped == len {
             return Ok(());
@@ -230,7 +232,8 @@ impl IoasOps for SoftIoas {
             ErrorKind::InvalidInput,
             format!("unmap {len} bytes at {iova}"),
             format!("only {unmapped} of them were mapped"),
-        ))
+        )
+        .mend("unmap exactly what was mapped"))
     }
 
     fn leases(&self) -> Option<Arc<dyn Leases>> {
@@ -247,11 +250,11 @@ impl Leases for Domain {
     }
 
     fn take_back(&self, iova: Iova, len: u64, access: Access) {
-        if let Some(leases) = &self.leases
-            && leases.take_back(iova, len, access)
-        {
-            self.invalidate();
+        let Some(leases) = &self.leases else { return };
+        if !leases.take_back(iova, len, access) {
+            tracing::error!("{len} bytes at {iova} come back from a device ({access}) that did not have them");
         }
+        self.invalidate();
     }
 }
 
