@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::memory::Bytes;
 use crate::{Error, ErrorKind, Iova, Result};
 
 /// Addresses below this are never handed out: 0 is what a forgotten address field holds, and a device that
@@ -77,12 +78,13 @@ impl IovaAllocator {
     /// [`ErrorKind::InvalidInput`] for a length of zero or another alignment; [`ErrorKind::Exhausted`] where no
     /// free range is large enough.
     pub fn allocate(&mut self, len: u64, alignment: u64) -> Result<Iova> {
-        let invalid = |why: String| Err(Error::new(ErrorKind::InvalidInput, "allocate an IOVA range", why));
+        let invalid = |why: String| Error::new(ErrorKind::InvalidInput, "allocate an IOVA range", why);
         if len == 0 {
-            return invalid("its length is zero".to_owned());
+            return Err(invalid("its length is zero".to_owned()).mend("ask for one byte at least"));
         }
         if !alignment.is_power_of_two() {
-            return invalid(format!("the alignment {alignment} is not a power of two"));
+            return Err(invalid(format!("the alignment {alignment} is not a power of two"))
+                .mend("ask for a power of two, such as the size of the pages to be mapped"));
         }
         let fits = |hole: IovaRange| {
             let first = hole.first.get().checked_next_multiple_of(alignment)?;
@@ -146,13 +148,15 @@ impl IovaAllocator {
             ErrorKind::Exhausted,
             "allocate an IOVA range",
             format!(
-                "no {len} bytes in a row, aligned to {alignment}, are free: {} bytes are, in {} ranges of at most {}",
-                sizes().map(u128::from).sum::<u128>(),
+                "no {} in a row, aligned to {}, are free: {} are, in {} ranges of at most {}",
+                Bytes(len),
+                Bytes(alignment),
+                Bytes(sizes().sum()),
                 self.free.0.len(),
-                sizes().max().unwrap_or(0),
+                Bytes(sizes().max().unwrap_or(0)),
             ),
         )
-        .mend("unmap regions that are no longer used, or spread them over more address spaces")
+        .mend("unmap regions that are no longer used, map smaller ones, or spread them over more address spaces")
     }
 }
 

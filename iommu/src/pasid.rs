@@ -1,5 +1,6 @@
 //! Process address space ids: what tells an IOMMU which address space a device's access goes to.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
@@ -85,26 +86,31 @@ impl Drop for OwnedPasid {
     }
 }
 
-/// Hands out PASIDs, going round: a freed one is handed out again only once the free ones above it were, so
-/// that a device which still uses a stale one meets no address space rather than somebody else's.
+/// Hands out the PASID that has been free for the longest, so that a device which still uses a stale one meets no
+/// address space rather than somebody else's.
+///
+/// Those that were never in use come first, from the highest down: the few low ones, which are all that some
+/// devices have, are left to those.
 #[derive(Debug)]
 pub struct PasidAllocator(Mutex<State>);
 
 struct State {
     /// Bit n: PASID n + 1 is in use.
     used: BitVec,
-    /// The bit to try first: the one behind the last that was handed out.
-    next: usize,
+    /// Bit n: PASID n + 1 is in use, or was.
+    touched: BitVec,
+    /// Those that were in use and are not, the one that has been free for the longest first.
+    freed: VecDeque<Pasid>,
 }
 
 impl PasidAllocator {
     /// An allocator of the PASIDs 1 to `max`; there are none above [`Pasid::MAX`].
     pub fn new(max: u32) -> Self {
-        let used = BitVec::repeat(false, max.min(Pasid::MAX) as usize);
-        Self(Mutex::new(State { used, next: 0 }))
+        let none = BitVec::repeat(false, max.min(Pasid::MAX) as usize);
+        Self(Mutex::new(State { used: none.clone(), touched: none, freed: VecDeque::new() }))
     }
 
-    /// The next free PASID.
+    /// The PASID that has been free for the longest.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`], saying how many there are, if all are in use.
@@ -112,39 +118,50 @@ impl PasidAllocator {
         self.allocate_up_to(Pasid::MAX)
     }
 
-    /// The next free PASID that is not above `max`.
+    /// Of the PASIDs that are not above `max`, the one that has been free for the longest.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`], saying how many there are, if all of those are in use.
     pub fn allocate_up_to(&self, max: u32) -> Result<Pasid> {
         let mut state = self.state();
         let limit = state.used.len().min(max as usize);
-        let next = if state.next < limit { state.next } else { 0 };
-        let bit = match state.used[next..limit].first_zero() {
-            Some(ahead) => Some(next + ahead),
-            None => state.used[..next].first_zero(),
-        };
-        let found = bit.and_then(|bit| Some((bit, Pasid::new(u32::try_from(bit + 1).ok()?)?)));
-        let Some((bit, pasid)) = found else {
-            return Err(exhausted(limit));
-        };
+        let pasid = state.untouched(limit).or_else(|| state.rested(limit)).ok_or_else(|| exhausted(limit))?;
+        let bit = pasid.get() as usize - 1;
         state.used.set(bit, true);
-        state.next = bit + 1;
+        state.touched.set(bit, true);
         Ok(pasid)
     }
 
     /// Gives back a PASID. One that is not in use is a bug of the caller's; it is logged and changes nothing.
     pub fn free(&self, pasid: Pasid) {
         let mut state = self.state();
-        match state.used.get_mut(pasid.get() as usize - 1) {
-            Some(mut used) if *used => *used = false,
-            _ => tracing::error!("PASID {pasid} was freed, but is not in use; ignored"),
+        let bit = pasid.get() as usize - 1;
+        if state.used.get(bit).is_some_and(|used| *used) {
+            state.used.set(bit, false);
+            state.freed.push_back(pasid);
+        } else {
+            tracing::error!("PASID {pasid} was freed, but is not in use; ignored");
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics between the two changes of an allocation, so a poisoned lock holds a sound state.
+        // All that can panic halfway through a change is the memory for one that was freed; that one is lost then,
+        // which is sound.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The highest of the first `limit` that was never in use.
+    fn untouched(&self, limit: usize) -> Option<Pasid> {
+        let bit = self.touched[..limit].last_zero()?;
+        Pasid::new(u32::try_from(bit + 1).ok()?)
+    }
+
+    /// Takes, of those of the first `limit` that were freed, the one that was freed first.
+    fn rested(&mut self, limit: usize) -> Option<Pasid> {
+        let index = self.freed.iter().position(|pasid| pasid.get() as usize <= limit)?;
+        self.freed.remove(index)
     }
 }
 
@@ -167,6 +184,8 @@ fn exhausted(limit: usize) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -187,37 +206,79 @@ mod tests {
             order.push(pasid.get());
             allocator.free(pasid);
         }
-        assert_eq!(order, [1, 2, 3, 4, 1, 2]);
+        assert_eq!(order, [4, 3, 2, 1, 4, 3]);
     }
 
     #[test]
     fn exhaustion_says_how_many_there_are() {
         let allocator = PasidAllocator::new(3);
         let all = [(); 3].map(|()| allocator.allocate().unwrap().get());
-        assert_eq!(all, [1, 2, 3]);
+        assert_eq!(all, [3, 2, 1]);
         let error = allocator.allocate().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Exhausted);
         assert!(error.to_string().contains("all 3"), "{error}");
         allocator.free(Pasid::new(2).unwrap());
         assert_eq!(allocator.allocate().unwrap().get(), 2, "a freed one is all that is left");
-    }
-
-    #[test]
-    fn a_device_with_few_gets_only_those() {
-        let allocator = PasidAllocator::new(100);
-        for n in 1..=10 {
-            assert_eq!(allocator.allocate().unwrap().get(), n);
-        }
-        assert_eq!(allocator.allocate_up_to(10).unwrap_err().kind(), ErrorKind::Exhausted);
-        allocator.free(Pasid::new(4).unwrap());
-        allocator.free(Pasid::new(7).unwrap());
-        assert_eq!(allocator.allocate_up_to(10).unwrap().get(), 4);
-        allocator.free(Pasid::new(4).unwrap());
-        assert_eq!(allocator.allocate_up_to(10).unwrap().get(), 7, "4 was freed just now");
-        assert_eq!(allocator.allocate().unwrap().get(), 11);
         let none = allocator.allocate_up_to(0).unwrap_err();
         assert_eq!(none.kind(), ErrorKind::Exhausted);
         assert!(none.to_string().contains("have none"), "{none}");
+    }
+
+    #[test]
+    fn a_device_with_few_gets_those_however_many_others_have() {
+        let allocator = PasidAllocator::new(100);
+        for n in 0..96 {
+            assert_eq!(allocator.allocate().unwrap().get(), 100 - n);
+        }
+        for n in [4, 3, 2, 1] {
+            assert_eq!(allocator.allocate_up_to(4).unwrap().get(), n);
+        }
+        assert_eq!(allocator.allocate_up_to(4).unwrap_err().kind(), ErrorKind::Exhausted);
+        for n in [50, 3, 1] {
+            allocator.free(Pasid::new(n).unwrap());
+        }
+        assert_eq!(allocator.allocate_up_to(4).unwrap().get(), 3, "1 was freed later, 50 is not its own");
+        assert_eq!(allocator.allocate().unwrap().get(), 50);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
+
+        /// Against a table of who has each, and since when each is free.
+        #[test]
+        fn the_longest_free_of_those_in_range_is_handed_out(
+            max in 1..40_u32,
+            steps in prop::collection::vec((prop::option::of(0..50_u32), any::<prop::sample::Index>()), 0..400),
+        ) {
+            #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+            enum Is { FreeSince(usize), Used }
+            let allocator = PasidAllocator::new(max);
+            let mut table = vec![Is::FreeSince(0); max as usize];
+            for (now, (allocate, index)) in steps.into_iter().enumerate() {
+                if let Some(limit) = allocate {
+                    let in_range = &table[..limit.min(max) as usize];
+                    let longest = in_range.iter().copied().min().filter(|&is| is != Is::Used);
+                    match allocator.allocate_up_to(limit) {
+                        Ok(pasid) => {
+                            prop_assert!(pasid.get() <= limit);
+                            let is = &mut table[pasid.get() as usize - 1];
+                            prop_assert!(Some(*is) == longest, "{pasid} has an owner, or another was free for longer");
+                            *is = Is::Used;
+                        }
+                        Err(error) => {
+                            prop_assert!(longest.is_none(), "{error}");
+                            prop_assert!(error.mend_text().is_some());
+                        }
+                    }
+                } else {
+                    let bit = index.index(table.len());
+                    allocator.free(Pasid::new(bit as u32 + 1).unwrap());
+                    if table[bit] == Is::Used {
+                        table[bit] = Is::FreeSince(now + 1);
+                    }
+                }
+            }
+        }
     }
 
     #[test]
@@ -236,9 +297,8 @@ mod tests {
     #[test]
     fn there_are_none_above_20_bits() {
         let allocator = PasidAllocator::new(u32::MAX);
-        allocator.0.lock().unwrap().next = 0xf_fffe;
         assert_eq!(allocator.allocate().unwrap().get(), 0xf_ffff);
-        assert_eq!(allocator.allocate().unwrap().get(), 1);
+        assert_eq!(allocator.allocate().unwrap().get(), 0xf_fffe);
     }
 
     #[test]

@@ -152,7 +152,9 @@ fn a_whole_64_bit_space_but_for_its_first_page() {
     assert!(!allocator.reserve(Iova::new(4096), 0));
     assert_eq!(allocator.allocate(1 << 63, 1 << 63).unwrap(), Iova::new(1 << 63));
     assert_eq!(allocator.allocate(1, 1 << 63).unwrap_err().kind(), ErrorKind::Exhausted);
-    assert_eq!(allocator.allocate(u64::MAX, 1).unwrap_err().kind(), ErrorKind::Exhausted);
+    let error = allocator.allocate(u64::MAX, 1).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
+    assert!(error.to_string().contains("7.9 EiB are, in 1 ranges of at most 7.9 EiB"), "{error}");
     allocator.free(Iova::new(1 << 63), 1 << 63);
     assert_eq!(allocator.allocate(u64::MAX - 4095, 4096).unwrap(), Iova::new(4096));
 }
@@ -161,7 +163,9 @@ fn a_whole_64_bit_space_but_for_its_first_page() {
 fn nonsense_is_refused() {
     let mut allocator = IovaAllocator::new(vec![range(0, 0xf_ffff)]);
     for (len, alignment) in [(0, 4096), (4096, 0), (4096, 3)] {
-        assert_eq!(allocator.allocate(len, alignment).unwrap_err().kind(), ErrorKind::InvalidInput);
+        let error = allocator.allocate(len, alignment).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.mend_text().is_some(), "{error}");
     }
     let mut empty = IovaAllocator::new(vec![range(0x5000, 0x4fff)]);
     assert_eq!(empty.allocate(1, 1).unwrap_err().kind(), ErrorKind::Exhausted);

@@ -5,21 +5,91 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Error, PageSize};
+use rustix::io::Errno;
 
-/// A number of bytes, shown in the largest unit that it is a multiple of.
-pub(super) struct Bytes(pub(super) u64);
+use crate::{Error, ErrorKind, PageSize};
+
+use super::Region;
+
+/// A number of bytes for people: in the largest unit that it has one of, cut to one decimal where it is no multiple
+/// of that.
+pub(crate) struct Bytes(pub(crate) u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (shift, unit) = match self.0.trailing_zeros() {
-            _ if self.0 == 0 => (0, "bytes"),
-            30.. => (30, "GiB"),
-            20.. => (20, "MiB"),
-            10.. => (10, "KiB"),
-            _ => (0, "bytes"),
-        };
-        write!(f, "{} {unit}", self.0 >> shift)
+        const UNITS: [&str; 7] = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        let unit = self.0.max(1).ilog2() / 10;
+        let (whole, rest) = (self.0 >> (10 * unit), self.0 & ((1 << (10 * unit)) - 1));
+        write!(f, "{whole}")?;
+        if rest != 0 {
+            write!(f, ".{}", (u128::from(rest) * 10) >> (10 * unit))?;
+        }
+        write!(f, " {}", UNITS[unit as usize])
+    }
+}
+
+/// At which step memory could not be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Mapping it, when the kernel sets huge pages aside for it.
+    Map,
+    /// Populating it: huge pages were set aside, so that there are enough.
+    Populate,
+}
+
+/// The error for `len` bytes of memory that could not be had: `errno` is what the step said.
+#[cold]
+pub(super) fn short_of(len: u64, page_size: PageSize, step: Step, errno: Errno) -> Error {
+    let operation = format!("allocate {} of DMA memory", Bytes(len));
+    // EFAULT: MADV_POPULATE_WRITE met what would have been a SIGBUS, the file's pages ran out.
+    if !matches!(errno, Errno::NOMEM | Errno::NOSPC | Errno::FAULT) {
+        return Error::os(operation, "it can not be mapped and populated", errno).mend(mend_for(errno));
+    }
+    let (why, mend) = if page_size == PageSize::Size4K {
+        shortage_of_memory(len, available_memory())
+    } else {
+        Pool::of(page_size).shortage(len / page_size.bytes(), step)
+    };
+    Error::new(ErrorKind::NoMemory, operation, why).mend(mend)
+}
+
+/// Why `len` bytes in small pages could not be had while `available` were, and what to do about it.
+fn shortage_of_memory(len: u64, available: Option<u64>) -> (String, String) {
+    let why = match available {
+        Some(available) => format!("{} of memory are available", Bytes(available)),
+        None => "there is not enough memory".to_owned(),
+    };
+    let mend = if available.is_some_and(|available| available >= len) {
+        "raise the limit that it met: memory.max of the control group, ulimit -v, vm.max_map_count, or \
+         vm.overcommit_memory=2"
+    } else {
+        "stop what else uses memory, or ask for less"
+    };
+    (why, mend.to_owned())
+}
+
+/// What helps against a system call on a region's memory that failed with `errno`.
+pub(super) fn mend_for(errno: Errno) -> &'static str {
+    match errno {
+        Errno::MFILE => "raise the limit of open files, of which each region is one: run: ulimit -n 65536",
+        Errno::NFILE => "raise the system's limit of open files: run: sudo sysctl fs.file-max=1000000",
+        Errno::AGAIN => "raise how much memory the process may lock: run: ulimit -l unlimited",
+        Errno::FBIG => "raise how large its files may be: run: ulimit -f unlimited; or ask for less",
+        Errno::NOMEM | Errno::NOSPC => "stop what else uses memory, or ask for less",
+        Errno::ACCESS | Errno::PERM => {
+            "use a descriptor that is open for reading and writing, and allow memfd_create(2), mmap(2) and \
+             madvise(2) where the process is confined (seccomp, SELinux)"
+        }
+        Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP => "use Linux 5.14 or newer",
+        _ => "look for the reason in the kernel's log: run: sudo dmesg",
+    }
+}
+
+/// What helps against mbind(2) failing with `errno`.
+pub(super) fn mend_for_placing(errno: Errno) -> &'static str {
+    match errno {
+        Errno::PERM => "let the container use mbind(2) (CAP_SYS_NICE), or ask for no node",
+        _ => "name a node of Mems_allowed_list in /proc/self/status, or none",
     }
 }
 
@@ -45,33 +115,48 @@ impl Pool {
     }
 
     /// How many of those nobody uses or was promised.
-    pub(super) fn free(&self) -> u64 {
+    fn free(&self) -> u64 {
         let promised = self.read("resv_hugepages").unwrap_or(0);
         self.read("free_hugepages").unwrap_or(0).saturating_sub(promised)
     }
 
-    /// Why `needed` pages could not be had, and what to do about it.
-    pub(super) fn shortage(&self, needed: u64) -> (String, String) {
-        let free = self.free();
-        let why = format!("{needed} huge pages of {} are needed, {free} are free", self.page_size);
-        let enough = self.total() + needed.saturating_sub(free);
-        let file = self.folder.join("nr_hugepages");
-        (why, format!("run: echo {enough} | sudo tee {}", file.display()))
+    /// Why `needed` pages could not be had at `step`, and what to do about it.
+    fn shortage(&self, needed: u64, step: Step) -> (String, String) {
+        let (size, free) = (self.page_size, self.free());
+        // Once they are set aside for this very memory, they no longer count as free.
+        if step == Step::Populate || free >= needed {
+            // As the files of a control group name it (Documentation/admin-guide/cgroup-v2.rst, HugeTLB).
+            let name = if size == PageSize::Size1G { "1GB" } else { "2MB" };
+            return (
+                format!("{needed} huge pages of {size} are free, but this process may not have as many"),
+                format!(
+                    "raise the limit that it met: hugetlb.{name}.max or hugetlb.{name}.rsvd.max of the control group \
+                     in /proc/self/cgroup, its NUMA nodes (cpuset.mems), or ulimit -v"
+                ),
+            );
+        }
+        let enough = self.total() + (needed - free);
+        (
+            format!("{needed} huge pages of {size} are needed, {free} are free"),
+            format!("run: echo {enough} | sudo tee {}", self.folder.join("nr_hugepages").display()),
+        )
     }
 }
 
-/// Which sizes of huge page a region has done without so far, so that each is complained about once.
-pub(super) struct FallbackWarnings([AtomicBool; 3]);
+/// Whether a region did without the pages that it wanted so far: complained about once.
+pub(super) struct FallbackWarning(AtomicBool);
 
-impl FallbackWarnings {
+impl FallbackWarning {
     pub(super) const fn new() -> Self {
-        Self([const { AtomicBool::new(false) }; 3])
+        Self(AtomicBool::new(false))
     }
 
-    /// Warns, the first time for this size, that `error` made a region fall back to smaller pages.
-    pub(super) fn warn(&self, page_size: PageSize, error: &Error) {
-        if !self.0[page_size as usize].swap(true, Ordering::Relaxed) {
-            tracing::warn!("smaller pages are used, which costs address translations: {error}");
+    /// Warns, the first time, that `region` has smaller pages than it wanted because of `error`.
+    pub(super) fn warn(&self, region: &Region, error: &Error) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "{region:?} has smaller pages than it wanted, which costs address translations: {error}"
+            );
         }
     }
 }
@@ -127,16 +212,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_exact_and_short() {
+    fn bytes_are_for_people() {
         for (bytes, text) in [
             (0, "0 bytes"),
             (1, "1 bytes"),
             (1023, "1023 bytes"),
             (4096, "4 KiB"),
-            ((64 << 20) + 4096, "65540 KiB"),
+            (5000, "4.8 KiB"),
+            ((64 << 20) + 4096, "64.0 MiB"),
             (64 << 20, "64 MiB"),
             (3 << 30, "3 GiB"),
-            (1 << 40, "1024 GiB"),
+            (24_058_420 << 10, "22.9 GiB"),
+            (1 << 40, "1 TiB"),
+            (u64::MAX, "15.9 EiB"),
         ] {
             assert_eq!(Bytes(bytes).to_string(), text);
         }
@@ -170,8 +258,50 @@ mod tests {
     #[test]
     fn a_shortage_says_what_to_run() {
         let pool = Pool { page_size: PageSize::Size2M, folder: "/nowhere/hugepages-2048kB".into() };
-        let (why, mend) = pool.shortage(32);
+        let (why, mend) = pool.shortage(32, Step::Map);
         assert_eq!(why, "32 huge pages of 2 MiB are needed, 0 are free");
         assert_eq!(mend, "run: echo 32 | sudo tee /nowhere/hugepages-2048kB/nr_hugepages");
+    }
+
+    #[test]
+    fn a_limit_is_not_mended_by_more_pages() {
+        let folder = std::env::temp_dir().join(format!("underpass-pool-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        for (file, pages) in
+            [("nr_hugepages", "500\n"), ("free_hugepages", "480\n"), ("resv_hugepages", "80\n")]
+        {
+            fs::write(folder.join(file), pages).unwrap();
+        }
+        let pool = Pool { page_size: PageSize::Size1G, folder: folder.clone() };
+        let enough = pool.shortage(400, Step::Map);
+        let too_few = pool.shortage(401, Step::Map);
+        let set_aside = pool.shortage(401, Step::Populate);
+        fs::remove_dir_all(&folder).unwrap();
+        for (_, mend) in [enough, set_aside] {
+            assert!(mend.contains("hugetlb.1GB.max") && !mend.contains("nr_hugepages"), "{mend}");
+        }
+        assert_eq!(too_few.0, "401 huge pages of 1 GiB are needed, 400 are free");
+        assert!(too_few.1.starts_with("run: echo 501 | "), "{}", too_few.1);
+    }
+
+    #[test]
+    fn a_shortage_of_memory_is_told_from_a_limit() {
+        let (why, mend) = shortage_of_memory(32 << 30, Some(24_058_420 << 10));
+        assert_eq!(
+            (&*why, &*mend),
+            ("22.9 GiB of memory are available", "stop what else uses memory, or ask for less")
+        );
+        let (_, mend) = shortage_of_memory(4096, Some(24_058_420 << 10));
+        assert!(mend.contains("memory.max") && mend.contains("vm.max_map_count"), "{mend}");
+    }
+
+    #[test]
+    fn failed_system_calls_have_mends() {
+        let error = short_of(4096, PageSize::Size4K, Step::Map, Errno::ACCESS);
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        assert!(error.mend_text().unwrap().contains("open for reading and writing"), "{error}");
+        assert!(mend_for(Errno::MFILE).contains("ulimit -n"));
+        assert!(mend_for_placing(Errno::PERM).contains("CAP_SYS_NICE"));
+        assert!(mend_for_placing(Errno::INVAL).contains("Mems_allowed_list"));
     }
 }

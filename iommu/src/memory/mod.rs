@@ -8,6 +8,9 @@
 //! is dropped, all of it readable, writable and backed by memory that can not shrink. Nothing in this module
 //! makes a reference into that range; a [`Region`] only tells where it is. What is aliased and when is up to
 //! whoever claims the region.
+//!
+//! At most one region over the same memory can be claimed: the one that allocated it. Those made of its file
+//! descriptor never can, since they may share their pages with any number of others.
 
 mod host;
 mod map;
@@ -25,7 +28,8 @@ use rustix::io::Errno;
 
 use crate::{Error, ErrorKind, Iova, PageSize, Result};
 
-use self::host::{Bytes, FallbackWarnings};
+pub(crate) use self::host::Bytes;
+use self::host::{FallbackWarning, Step, mend_for, short_of};
 use self::map::Map;
 pub use self::slot::RegionId;
 use self::slot::{PREFERRED, Slot};
@@ -50,8 +54,16 @@ pub struct Region {
     owned: ManuallyDrop<Owned>,
     page_size: PageSize,
     preferred_iova: Option<Iova>,
+    /// Whether nobody can claim it, or no more.
     claimed: AtomicBool,
     leaked: AtomicBool,
+}
+
+/// Whether anybody can claim a region.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    Once,
+    Never,
 }
 
 /// What a region gives back when it is dropped, in this order.
@@ -76,6 +88,10 @@ impl Region {
     /// The region whose memory is `fd`, a memfd from another process: all of it, mapped and populated. Both
     /// processes then share it.
     ///
+    /// It can not be [claimed](Self::claim), not even once: whoever else holds the descriptor may write the memory
+    /// at any time. What is left is to map it for devices, and to read and write it at [`as_ptr`](Self::as_ptr)
+    /// by volatile or atomic accesses, without references, as memory that a device shares.
+    ///
     /// The seal that is asked for keeps the memory from being truncated under this process. It does not stop a
     /// process that holds the descriptor from punching holes; where those are huge pages and the pool runs dry
     /// after that, touching a hole is a SIGBUS. Take descriptors from those whom you trust that far.
@@ -87,7 +103,7 @@ impl Region {
     pub fn from_fd(fd: OwnedFd) -> Result<Arc<Self>> {
         const OPERATION: &str = "use a file descriptor as DMA memory";
         let invalid = |why: &'static str| Error::new(ErrorKind::InvalidInput, OPERATION, why);
-        let os = |errno: Errno| Error::os(OPERATION, "it can not be examined", errno);
+        let os = |errno: Errno| Error::os(OPERATION, "it can not be examined", errno).mend(mend_for(errno));
 
         let seals = rustix::fs::fcntl_get_seals(&fd).map_err(|_| {
             invalid("it is not a memfd, so that it may shrink while a device uses it")
@@ -123,18 +139,17 @@ impl Region {
             .mend("set its size with ftruncate(2) before sealing it"));
         }
         let map = map_memfd(&fd, len, page_size)?;
-        let huge = page_size != PageSize::Size4K;
-        map.populate(Some(fd.as_fd())).map_err(|errno| short_of(len, page_size, huge, errno))?;
-        Ok(Self::assemble(map, Some(fd), page_size))
+        map.populate(Some(fd.as_fd())).map_err(|errno| short_of(len, page_size, Step::Populate, errno))?;
+        Ok(Self::assemble(map, Some(fd), page_size, Claim::Never))
     }
 
-    fn assemble(map: Map, fd: Option<OwnedFd>, page_size: PageSize) -> Arc<Self> {
+    fn assemble(map: Map, fd: Option<OwnedFd>, page_size: PageSize, claim: Claim) -> Arc<Self> {
         let len = map.len() as u64;
         Arc::new(Self {
             preferred_iova: PREFERRED.take(len, alignment(len, page_size)),
             owned: ManuallyDrop::new(Owned { map, fd, slot: Slot::take() }),
             page_size,
-            claimed: AtomicBool::new(false),
+            claimed: AtomicBool::new(claim == Claim::Never),
             leaked: AtomicBool::new(false),
         })
     }
@@ -165,8 +180,12 @@ impl Region {
         self.owned.map.start()
     }
 
-    /// The memfd, sealed to its size: what another process makes the same region of, by
+    /// The memfd, sealed to its size: what another process makes a region of the same memory of, by
     /// [`from_fd`](Self::from_fd).
+    ///
+    /// Whoever holds the descriptor is a device in the sense of the rules of DMA: it reads and writes only what it
+    /// was handed, and only until it gave that back. That goes for this process too, and for write(2) on the
+    /// descriptor as for a mapping of it. Hand it to those whom you trust that far.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for [`Backing::AnonymousHuge`], which has none.
@@ -189,7 +208,10 @@ impl Region {
         self.preferred_iova
     }
 
-    /// Claims the bytes of this region; true for the first who does, and never again.
+    /// Claims the bytes of this region: true for the first who does, and never again; always false for a region
+    /// made by [`from_fd`](Self::from_fd), whose bytes others share.
+    ///
+    /// Who claimed them may make references to them, and is alone in this process with them but for devices.
     pub fn claim(&self) -> bool {
         // Only whether it is the first matters: the region reached this thread by something that synchronizes.
         !self.claimed.swap(true, Ordering::Relaxed)
@@ -265,13 +287,13 @@ impl RegionBuilder {
     /// [`ErrorKind::NotFound`] for a NUMA node without memory; [`ErrorKind::NoMemory`] or
     /// [`ErrorKind::Unsupported`] where pages of the size that was asked for, or any at all, are not to be had.
     pub fn build(self) -> Result<Arc<Region>> {
-        static WARNINGS: FallbackWarnings = FallbackWarnings::new();
-        self.build_with(&WARNINGS)
+        static WARNING: FallbackWarning = FallbackWarning::new();
+        self.build_with(&WARNING)
     }
 
-    fn build_with(&self, warnings: &FallbackWarnings) -> Result<Arc<Region>> {
+    fn build_with(&self, warning: &FallbackWarning) -> Result<Arc<Region>> {
         if self.len == 0 {
-            return Err(self.invalid("its length is zero"));
+            return Err(self.invalid("its length is zero").mend("ask for one byte at least"));
         }
         if let Some(node) = self.numa_node {
             host::check_numa_node(node).map_err(|why| {
@@ -282,17 +304,11 @@ impl RegionBuilder {
             (Backing::AnonymousHuge, _) => self.anonymous_huge(),
             (Backing::Memfd, Some(page_size)) => self.memfd(page_size),
             (Backing::Memfd, None) => {
-                for page_size in huge_pages_for(self.len) {
-                    match self.memfd(page_size) {
-                        Err(error)
-                            if matches!(error.kind(), ErrorKind::NoMemory | ErrorKind::Unsupported) =>
-                        {
-                            warnings.warn(page_size, &error);
-                        }
-                        done => return done,
-                    }
+                let (region, refusal) = first_to_be_had(huge_pages_for(self.len), |size| self.memfd(size))?;
+                if let Some(error) = refusal {
+                    warning.warn(&region, &error);
                 }
-                self.memfd(PageSize::Size4K)
+                Ok(region)
             }
         }
     }
@@ -306,7 +322,7 @@ impl RegionBuilder {
         };
         if huge.is_empty() && host::available_memory().is_some_and(|available| available < len) {
             // The kernel would promise the pages and kill processes once it can not keep its word.
-            return Err(short_of(len, page_size, false, Errno::NOMEM));
+            return Err(short_of(len, page_size, Step::Map, Errno::NOMEM));
         }
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
         // Kernels from 6.3 on want to be told whether the file may be executed; older ones know no such flag.
@@ -316,23 +332,24 @@ impl RegionBuilder {
                 _ => Err(errno),
             })
             .map_err(|errno| match errno {
-                Errno::INVAL => self.invalid("its name has a zero byte or more than 249 bytes"),
+                Errno::INVAL => self
+                    .invalid("its name has a zero byte or more than 249 bytes")
+                    .mend("give it a shorter name, without zero bytes"),
                 // What the kernel says where it was built, or the CPU made, without these pages.
                 Errno::NODEV | Errno::NOENT | Errno::NOSYS | Errno::OPNOTSUPP if !huge.is_empty() => {
                     self.no_such_pages(page_size)
                 }
-                _ => Error::os(self.operation(), "no memfd can be made", errno),
+                _ => self.os("no memfd can be made", errno),
             })?;
         rustix::fs::ftruncate(&fd, len)
             .and_then(|()| {
                 rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             })
-            .map_err(|errno| Error::os(self.operation(), "the memfd can not be sized and sealed", errno))?;
+            .map_err(|errno| self.os("the memfd can not be sized and sealed", errno))?;
         let map = map_memfd(&fd, len, page_size)?;
         self.place(&map)?;
-        let populated = map.populate(Some(fd.as_fd()));
-        populated.map_err(|errno| short_of(len, page_size, !huge.is_empty(), errno))?;
-        Ok(Region::assemble(map, Some(fd), page_size))
+        map.populate(Some(fd.as_fd())).map_err(|errno| short_of(len, page_size, Step::Populate, errno))?;
+        Ok(Region::assemble(map, Some(fd), page_size, Claim::Once))
     }
 
     fn anonymous_huge(&self) -> Result<Arc<Region>> {
@@ -354,15 +371,14 @@ impl RegionBuilder {
         }
         let len = self.rounded(page_size)?;
         let map = Map::anonymous_huge(len as usize, page_size.bytes() as usize)
-            .ok_or_else(|| short_of(len, page_size, true, Errno::NOMEM))?;
+            .ok_or_else(|| short_of(len, page_size, Step::Map, Errno::NOMEM))?;
         self.place(&map)?;
         // A child that is forked would otherwise share the pages until one of the two writes, and that one would
         // get a copy the device knows nothing of.
-        map.keep_from_children().map_err(|errno| {
-            Error::os(self.operation(), "it can not be kept out of forked processes", errno)
-        })?;
-        map.populate(None).map_err(|errno| short_of(len, page_size, true, errno))?;
-        Ok(Region::assemble(map, None, page_size))
+        map.keep_from_children()
+            .map_err(|errno| self.os("it can not be kept out of forked processes", errno))?;
+        map.populate(None).map_err(|errno| short_of(len, page_size, Step::Populate, errno))?;
+        Ok(Region::assemble(map, None, page_size, Claim::Once))
     }
 
     /// Moves the pages that are to come to the node that was asked for.
@@ -370,6 +386,7 @@ impl RegionBuilder {
         let Some(node) = self.numa_node else { return Ok(()) };
         map.prefer_node(node).map_err(|errno| {
             Error::os(self.operation(), format!("it can not be placed near NUMA node {node}"), errno)
+                .mend(host::mend_for_placing(errno))
         })
     }
 
@@ -378,7 +395,10 @@ impl RegionBuilder {
         self.len
             .checked_next_multiple_of(page_size.bytes())
             .filter(|&len| isize::try_from(len).is_ok())
-            .ok_or_else(|| self.invalid("no address space holds that much"))
+            .ok_or_else(|| {
+                self.invalid("no address space holds that much")
+                    .mend("ask for less than 8 EiB; was the length computed by a subtraction that wrapped?")
+            })
     }
 
     fn operation(&self) -> String {
@@ -387,6 +407,10 @@ impl RegionBuilder {
 
     fn invalid(&self, why: &'static str) -> Error {
         Error::new(ErrorKind::InvalidInput, self.operation(), why)
+    }
+
+    fn os(&self, why: &'static str, errno: Errno) -> Error {
+        Error::os(self.operation(), why, errno).mend(mend_for(errno))
     }
 
     fn no_such_pages(&self, page_size: PageSize) -> Error {
@@ -406,6 +430,25 @@ fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
     })
 }
 
+/// What `attempt` makes of the first of the sizes `wanted` that are to be had, else of 4 KiB pages; and, if it fell
+/// back to smaller pages than the administrator could have provided, why the largest of those was refused.
+fn first_to_be_had<T>(
+    wanted: impl Iterator<Item = PageSize>,
+    attempt: impl Fn(PageSize) -> Result<T>,
+) -> Result<(T, Option<Error>)> {
+    let mut refusal = None;
+    for page_size in wanted {
+        match attempt(page_size) {
+            Ok(made) => return Ok((made, refusal)),
+            // Pages that this machine can not have at all are nothing to complain about.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            Err(error) if error.kind() == ErrorKind::NoMemory => refusal = refusal.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((attempt(PageSize::Size4K)?, refusal))
+}
+
 /// What the addresses of a region are aligned to. Regions of small pages too get it for 2 MiB if they have as
 /// much, so that an IOMMU which finds the pages in a row can use one entry for them.
 fn alignment(len: u64, page_size: PageSize) -> u64 {
@@ -414,35 +457,12 @@ fn alignment(len: u64, page_size: PageSize) -> u64 {
 }
 
 fn map_memfd(fd: &OwnedFd, len: u64, page_size: PageSize) -> Result<Map> {
-    let huge = page_size != PageSize::Size4K;
-    let mapped = if huge {
-        Map::huge_file(fd.as_fd(), len as usize)
-    } else {
+    let mapped = if page_size == PageSize::Size4K {
         Map::file(fd.as_fd(), len as usize, alignment(len, page_size) as usize)
+    } else {
+        Map::huge_file(fd.as_fd(), len as usize)
     };
-    mapped.map_err(|errno| short_of(len, page_size, huge, errno))
-}
-
-/// The error for memory that could not be had: `errno` is what mapping or populating it said.
-#[cold]
-fn short_of(len: u64, page_size: PageSize, huge: bool, errno: Errno) -> Error {
-    let operation = format!("allocate {} of DMA memory", Bytes(len));
-    match errno {
-        // EFAULT: MADV_POPULATE_WRITE met what would have been a SIGBUS, the file's pages ran out.
-        Errno::NOMEM | Errno::NOSPC | Errno::FAULT if huge => {
-            let (why, mend) = host::Pool::of(page_size).shortage(len / page_size.bytes());
-            Error::new(ErrorKind::NoMemory, operation, why).mend(mend)
-        }
-        Errno::NOMEM | Errno::NOSPC | Errno::FAULT => {
-            let why = match host::available_memory() {
-                Some(available) => format!("{} of memory are available", Bytes(available)),
-                None => "there is not enough memory".to_owned(),
-            };
-            Error::new(ErrorKind::NoMemory, operation, why)
-                .mend("stop what else uses memory, or ask for less")
-        }
-        _ => Error::os(operation, "it can not be mapped and populated", errno),
-    }
+    mapped.map_err(|errno| short_of(len, page_size, Step::Map, errno))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use std::fmt::Write;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
 use rustix::fs::MemfdFlags;
@@ -107,22 +108,21 @@ fn lengths_that_make_no_sense() {
         for size in [None, Some(PageSize::Size4K), Some(PageSize::Size1G)] {
             let mut builder = Region::builder(len);
             builder.page_size = size;
-            assert_eq!(builder.build().unwrap_err().kind(), ErrorKind::InvalidInput, "{len} {size:?}");
+            let mend = if len == 0 { "one byte" } else { "less than 8 EiB" };
+            refusal(builder.build(), ErrorKind::InvalidInput, mend);
         }
     }
     // Lengths that some machine may have one day, but not now.
     for len in [1 << 46, 1 << 62] {
-        let error = Region::builder(len).page_size(PageSize::Size4K).build().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
-        assert!(error.mend_text().is_some());
+        let asked = Region::builder(len).page_size(PageSize::Size4K).build();
+        refusal(asked, ErrorKind::NoMemory, "ask for less");
     }
 }
 
 #[test]
 fn names() {
     for name in ["a\0b", &"x".repeat(250)] {
-        let error = Region::builder(1).name(name).build().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        refusal(Region::builder(1).name(name).build(), ErrorKind::InvalidInput, "shorter name");
     }
     let _region = Region::builder(1).name("a-name-to-find").build().unwrap();
     assert!(is_mapped("a-name-to-find"));
@@ -199,6 +199,25 @@ fn a_second_mapping_of_the_descriptor_is_the_same_memory() {
 }
 
 #[test]
+fn only_the_region_that_allocated_the_memory_can_be_claimed() {
+    let region = Region::builder(4096).build().unwrap();
+    let clone = || region.fd().unwrap().try_clone_to_owned().unwrap();
+    let before = Region::from_fd(clone()).unwrap();
+    assert!(!before.claim());
+    assert!(region.claim());
+    let after = Region::from_fd(clone()).unwrap();
+    assert!(![&before, &after, &region].iter().any(|region| region.claim()));
+}
+
+#[test]
+fn a_descriptor_for_reading_only_is_refused() {
+    let region = Region::builder(4096).build().unwrap();
+    let path = format!("/proc/self/fd/{}", region.fd().unwrap().as_raw_fd());
+    let read_only = fs::File::open(path).unwrap();
+    refusal(Region::from_fd(read_only.into()), ErrorKind::Permission, "open for reading and writing");
+}
+
+#[test]
 fn a_descriptor_of_memory_that_could_vanish_is_refused() {
     let memfd = |len, seals| {
         let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -262,15 +281,50 @@ impl tracing::Subscriber for Warnings {
     fn exit(&self, _: &span::Id) {}
 }
 
+type Refused<'a> = &'a [(PageSize, ErrorKind)];
+
+/// The size that is got for 8 GiB where those in `refused` are refused for that reason; and the warning.
+fn attempts(refused: Refused<'_>) -> Result<(PageSize, Option<String>)> {
+    let attempt = |size| match refused.iter().find(|(other, _)| *other == size) {
+        Some((_, kind)) => Err(Error::new(*kind, "try", format!("no {size}"))),
+        None => Ok(size),
+    };
+    let (size, refusal) = first_to_be_had(huge_pages_for(8 * GIB), attempt)?;
+    Ok((size, refusal.map(|error| error.to_string())))
+}
+
+#[test]
+fn of_the_pages_that_were_refused_the_largest_is_warned_of() {
+    use ErrorKind::{NoMemory, Permission, Unsupported};
+    use PageSize::{Size1G, Size2M, Size4K};
+    let table: &[(Refused<'_>, PageSize, Option<&str>)] = &[
+        (&[], Size1G, None),
+        (&[(Size1G, NoMemory)], Size2M, Some("cannot try: no 1 GiB")),
+        (&[(Size1G, NoMemory), (Size2M, NoMemory)], Size4K, Some("cannot try: no 1 GiB")),
+        (&[(Size1G, Unsupported), (Size2M, NoMemory)], Size4K, Some("cannot try: no 2 MiB")),
+        (&[(Size1G, NoMemory), (Size2M, Unsupported)], Size4K, Some("cannot try: no 1 GiB")),
+        (&[(Size1G, Unsupported)], Size2M, None),
+        (&[(Size1G, Unsupported), (Size2M, Unsupported)], Size4K, None),
+    ];
+    for (refused, size, warning) in table {
+        let (got, why) = attempts(refused).unwrap();
+        assert_eq!((got, why.as_deref()), (*size, *warning), "{refused:?}");
+    }
+    let error = attempts(&[(Size1G, NoMemory), (Size2M, NoMemory), (Size4K, NoMemory)]).unwrap_err();
+    assert!(error.to_string().contains("no 4 KiB"), "{error}");
+    let error = attempts(&[(Size1G, NoMemory), (Size2M, Permission)]).unwrap_err();
+    assert_eq!(error.kind(), Permission, "what smaller pages do not mend is not hidden by them");
+}
+
 #[test]
 fn doing_without_huge_pages_is_warned_of_once() {
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let warnings = FallbackWarnings::new();
+    let warning = FallbackWarning::new();
     // More than any pool that this test will meet, less than its memory.
     let len = 64 * MIB;
     tracing::subscriber::with_default(Warnings(Arc::clone(&seen)), || {
         for _ in 0..3 {
-            let region = Region::builder(len).build_with(&warnings).unwrap();
+            let region = Region::builder(len).build_with(&warning).unwrap();
             assert_eq!(region.len(), len);
             store(&region, len - 1, 1);
             let fell_back = region.page_size() == PageSize::Size4K;
@@ -278,10 +332,27 @@ fn doing_without_huge_pages_is_warned_of_once() {
         }
     });
     if let Some(warning) = seen.lock().unwrap().first() {
-        assert!(warning.contains("huge pages of 2 MiB"), "{warning}");
+        assert!(warning.contains("(64 MiB of 4 KiB pages) has smaller pages than it wanted"), "{warning}");
+        assert!(warning.contains("32 huge pages of 2 MiB are needed"), "{warning}");
         assert!(warning.contains("run: echo "), "{warning}");
         assert!(warning.contains("hugepages-2048kB/nr_hugepages"), "{warning}");
     }
+}
+
+/// One warning in a process, for whichever size it is.
+#[test]
+fn the_size_of_the_pages_makes_no_second_warning() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let warning = FallbackWarning::new();
+    let region = Region::builder(1).build().unwrap();
+    tracing::subscriber::with_default(Warnings(Arc::clone(&seen)), || {
+        for size in [PageSize::Size1G, PageSize::Size2M, PageSize::Size1G] {
+            warning.warn(&region, &short_of(8 * GIB, size, Step::Map, Errno::NOMEM));
+        }
+    });
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 1, "{seen:?}");
+    assert!(seen[0].contains("8 huge pages of 1 GiB"), "{seen:?}");
 }
 
 /// Passes with a pool of huge pages and without: there it checks the error.
