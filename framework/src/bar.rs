@@ -114,7 +114,8 @@ impl Bar {
                 ErrorKind::Device,
                 format!("use {len:#x} bytes at {offset:#x} of {}", self.name),
                 format!("it has {:#x} bytes; the device reported a wrong place", self.len),
-            ));
+            )
+            .mend("reset the device; if it stays so, it is broken or not what its ids say"));
         }
         Ok(Self { start: self.start + offset, len, ..self.clone() })
     }

@@ -9,12 +9,13 @@
 //! device leaves a buffer alone once the driver gave it back is the device's part; `check=leases` proves it for a
 //! software device.
 
+use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use underpass_iommu::{Access, Error, ErrorKind, Ioas, Iova, Leases, Mapping, Region, Result};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -195,7 +196,8 @@ impl DmaSpace {
         let Some(ioas) = &self.ioas else { return Ok(()) };
         let id = region.id().index();
         if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) {
-            return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already"));
+            return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already")
+                .mend("map each region once for each queue"));
         }
         let mapping = ioas.map(region, access)?;
         if self.bases.len() <= id {
@@ -216,6 +218,7 @@ impl DmaSpace {
         }
         let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
+                .mend("unmap what was mapped, once")
         })?;
         self.bases[region.id().index()] = NOT_MAPPED;
         self.mappings.swap_remove(at).unmap()
@@ -281,28 +284,39 @@ impl fmt::Debug for DmaSpace {
     }
 }
 
-/// An array of records that the CPU and the device both use: descriptors, completion records. Never lent as
-/// references: each access copies, or is an atomic operation on one 64-bit word.
+/// An array of records that the CPU and the device both use: descriptors, completion records; with the indices of a
+/// ring around it, a descriptor ring. Never lent as references: every access is an atomic one of a 64-bit word, so that a
+/// device that writes at the wrong moment brings wrong values, and nothing worse.
+///
+/// One thread at a time uses it: `Send`, not `Sync`.
 pub struct Records<T> {
     buf: DmaBuf,
     iova: Iova,
-    _type: PhantomData<T>,
+    _type: PhantomData<Cell<T>>,
 }
 
 impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
+    const WORDS: usize = size_of::<T>() / 8;
+
     /// As many records as fit into `buf`, zeroed, and handed to the device for good.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, is not aligned to `T` or to 8 bytes, or `T` is
-    /// not a multiple of 8 bytes.
+    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, or is not aligned to `T` and to 8 bytes.
     pub fn new(mut buf: DmaBuf, space: &DmaSpace, access: Access) -> Result<Self> {
+        const { assert!(size_of::<T>() > 0 && size_of::<T>().is_multiple_of(8), "records are whole 64-bit words") };
+        let invalid =
+            |why, mend| Error::new(ErrorKind::InvalidInput, "make records in DMA memory", why).mend(mend);
         let align = align_of::<T>().max(8);
-        let invalid = |why| Error::new(ErrorKind::InvalidInput, "make records in DMA memory", why);
-        if !(buf.as_ptr() as usize).is_multiple_of(align) || !size_of::<T>().is_multiple_of(8) {
-            return Err(invalid("the buffer is not aligned for them"));
+        if !(buf.as_ptr() as usize).is_multiple_of(align) {
+            return Err(invalid(
+                "the buffer is not aligned for them",
+                "split it at a multiple of their alignment",
+            ));
         }
         buf.fill(0);
-        let iova = space.hand_out(&buf, access).ok_or_else(|| invalid("the buffer is not mapped"))?;
+        let iova = space
+            .hand_out(&buf, access)
+            .ok_or_else(|| invalid("the buffer is not mapped", "map its region in this space first"))?;
         Ok(Self { buf, iova, _type: PhantomData })
     }
 
@@ -323,29 +337,34 @@ impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
         self.iova.wrapping_add((index * size_of::<T>()) as u64)
     }
 
-    /// Copies `value` into record `index`. Publish it with a store to a handshake word or a doorbell.
+    /// Copies `value` into record `index`. Publish it with a Release store to a handshake word, or a doorbell.
     ///
     /// # Panics
     /// If there is no such record.
     #[inline]
-    pub fn write(&self, index: usize, value: &T) {
-        let ptr = self.ptr(index);
-        // SAFETY: both are valid for one T, and `value` is no DMA memory, so they do not overlap; no reference to the
-        // record exists. T is plain bytes (IntoBytes), so a copy is as good as a move.
-        unsafe { std::ptr::copy_nonoverlapping(value, ptr, 1) };
+    pub fn write(&mut self, index: usize, value: &T) {
+        let words = self.words(index);
+        let (bytes, _) = value.as_bytes().as_chunks::<8>();
+        for (word, bytes) in words.iter().zip(bytes) {
+            // Relaxed: whatever publishes the record orders it.
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+        }
     }
 
-    /// Copies record `index` out. The device may be writing it: whatever comes out is to be checked, and read
-    /// once.
+    /// Copies record `index` out, once its handshake was read with Acquire. The device may be writing it all the same:
+    /// whatever comes out is to be checked, and read once.
     ///
     /// # Panics
     /// If there is no such record.
     #[inline]
     pub fn read(&self, index: usize) -> T {
-        let ptr = self.ptr(index);
-        // SAFETY: ptr is aligned for T and inside the buffer, whose bytes are initialised; any bytes are a T
-        // (FromBytes). Volatile: the device may write them meanwhile, and the compiler must not read twice.
-        unsafe { ptr.read_volatile() }
+        let mut value = T::new_zeroed();
+        for (n, word) in self.words(index).iter().enumerate() {
+            let bytes = word.load(Ordering::Relaxed).to_ne_bytes();
+            // Zeroed and then overwritten in pieces: T is any bytes (FromBytes), and has no padding (IntoBytes).
+            value.as_mut_bytes()[8 * n..8 * n + 8].copy_from_slice(&bytes);
+        }
+        value
     }
 
     /// The 64-bit word at byte `offset` of record `index`, for a handshake.
@@ -354,23 +373,20 @@ impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
     /// If there is no such record, or `offset` is not a multiple of 8 inside it.
     #[inline]
     pub fn word(&self, index: usize, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8) && offset < size_of::<T>(), "word at {offset}");
-        // SAFETY: the offset is inside the record.
-        let ptr = unsafe { self.ptr(index).cast::<u8>().add(offset) };
-        #[allow(clippy::cast_ptr_alignment, reason = "records start on multiples of 8, checked in new")]
-        let ptr = ptr.cast::<u64>();
-        // SAFETY: ptr is aligned to 8 and valid as long as self; the word is accessed atomically or by the raw
-        // copies above, which the handshake orders.
-        unsafe { AtomicU64::from_ptr(ptr) }
+        assert!(offset.is_multiple_of(8), "a word at {offset}");
+        &self.words(index)[offset / 8]
     }
 
     #[inline]
-    fn ptr(&self, index: usize) -> *mut T {
+    fn words(&self, index: usize) -> &[AtomicU64] {
         assert!(index < self.len(), "record {index} of {}", self.len());
-        #[allow(clippy::cast_ptr_alignment, reason = "alignment was checked in new")]
-        let first = self.buf.ptr.as_ptr().cast::<T>();
+        #[allow(clippy::cast_ptr_alignment, reason = "alignment to 8 was checked in new")]
+        let first = self.buf.ptr.as_ptr().cast::<AtomicU64>();
         // SAFETY: index is inside the buffer.
-        unsafe { first.add(index) }
+        let record = unsafe { first.add(index * Self::WORDS) };
+        // SAFETY: the words of a record are inside the buffer, aligned and initialised, and live as long as self. They
+        // are only ever reached as atomics: by this, and by the device's side as such or as raw copies.
+        unsafe { std::slice::from_raw_parts(record, Self::WORDS) }
     }
 }
 
@@ -382,8 +398,6 @@ impl<T> fmt::Debug for Records<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
-
     use underpass_iommu::soft::{Bus, SoftIommu, SoftOptions};
     use underpass_iommu::{Attachment, FaultReason, IommuBackend};
 
@@ -459,7 +473,7 @@ mod tests {
         space.map(buf.region(), Access::READ_WRITE).unwrap();
         assert!(Records::<[u64; 4]>::new(buf.split_to(65).split_off(1), &space, Access::READ_WRITE).is_err());
         let buf = buf.split_off(63);
-        let records = Records::<[u64; 4]>::new(buf, &space, Access::READ_WRITE).unwrap();
+        let mut records = Records::<[u64; 4]>::new(buf, &space, Access::READ_WRITE).unwrap();
         assert_eq!(records.len(), (4_096 - 192) / 32);
         records.write(3, &[1, 2, 3, 4]);
         assert_eq!(bus.load_u64(None, records.iova(3).wrapping_add(16)).unwrap(), 3);

@@ -298,7 +298,9 @@ impl Worker {
     /// The error that [`join`](Self::join) would return, once its body has panicked.
     pub fn failure(&self) -> Option<Error> {
         let message = self.shared.panic.get()?;
-        Some(Error::new(ErrorKind::Gone, format!("run worker {}", self.shared.name), panicked(message)))
+        let error =
+            Error::new(ErrorKind::Gone, format!("run worker {}", self.shared.name), panicked(message));
+        Some(error.mend("start another; the panic is a bug in what it ran"))
     }
 
     /// Its counters, which may be read while it works.

@@ -308,6 +308,14 @@ impl OpKind {
     }
 }
 
+const _: () = {
+    let mut n = 0;
+    while n < OpKind::NAMES.len() {
+        assert!(OpKind::NAMES[n].0 as usize == n, "the names stand in the order of the operations");
+        n += 1;
+    }
+};
+
 impl Op {
     /// Which operation it is.
     pub fn kind(&self) -> OpKind {

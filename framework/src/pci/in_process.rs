@@ -1,7 +1,7 @@
 //! A software device in this process: its registers behind a lock, its engines on threads or stepped.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use underpass_iommu::soft::{Bus, SoftDevice};
 use underpass_iommu::{Attachable, Error, ErrorKind, Result};
@@ -100,8 +100,11 @@ impl InProcess {
 
     /// Steps each engine once, unless another thread does so at this moment.
     pub(super) fn step(&self) -> bool {
-        let Ok(mut engines) = self.stepped.try_lock() else {
-            return false;
+        let mut engines = match self.stepped.try_lock() {
+            Ok(engines) => engines,
+            // An engine's destructor panicked in another thread: the others still work.
+            Err(TryLockError::Poisoned(engines)) => engines.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
         };
         let mut worked = false;
         // An engine that panicked is gone, as its thread would be.
@@ -128,6 +131,7 @@ impl InProcess {
     fn engine_panicked(&self, message: &str) -> Error {
         Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}"))
             .device(self.name.clone())
+            .mend("drop the device and open it again; the panic is a bug of its model")
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
@@ -194,7 +198,8 @@ fn spawn(device: &str, engines: Vec<Box<dyn Engine>>, cores: &[usize]) -> Result
 pub(super) fn bar(function: &Arc<InProcess>, spec: BarSpec) -> Result<Bar> {
     let BarSpec { index, len, kind } = spec;
     let wrong = |why: &'static str| {
-        Err(Error::new(ErrorKind::InvalidInput, format!("make BAR {index} of the model"), why))
+        Err(Error::new(ErrorKind::InvalidInput, format!("make BAR {index} of the model"), why)
+            .mend("correct the model's bars()"))
     };
     if index > 5 {
         return wrong("a function has BARs 0 to 5");

@@ -137,11 +137,13 @@ impl PciDevice {
     pub fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {
         let vectors = self.function.vectors();
         if count > vectors {
-            return Err(self.error(
-                ErrorKind::Unsupported,
-                format!("use {count} interrupt vectors"),
-                format!("the device has {vectors}"),
-            ));
+            return Err(self
+                .error(
+                    ErrorKind::Unsupported,
+                    format!("use {count} interrupt vectors"),
+                    format!("the device has {vectors}"),
+                )
+                .mend("use fewer queues with interrupts, or poll"));
         }
         let interrupts = (0..count).map(|_| Interrupt::new()).collect::<Result<Vec<_>>>()?;
         self.function.interrupts().set(&interrupts);
@@ -161,11 +163,19 @@ impl PciDevice {
     /// [`ErrorKind::Device`] if the bit does not stay as written.
     pub fn set_bus_master(&self, on: bool) -> Result<()> {
         self.config.set_bus_master(on);
+        let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
+        if self.config.vendor_id() == u16::MAX {
+            // All ones is what reading nothing gives, in the command register too.
+            return Err(self
+                .error(ErrorKind::Gone, operation, "nothing answers in configuration space")
+                .mend("check that the device is still there: lspci"));
+        }
         if self.config.bus_master() == on {
             return Ok(());
         }
-        let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
-        Err(self.error(ErrorKind::Device, operation, "the command register does not keep what is written"))
+        Err(self
+            .error(ErrorKind::Device, operation, "the command register does not keep what is written")
+            .mend("reset the device"))
     }
 
     /// The IOMMU that it is behind.

@@ -7,17 +7,20 @@
 //! before every access that could have seen the translation is over (see `guard`); nothing translated is kept
 //! beyond, and nothing is lent to the caller. Sharing: a region's bytes are reached by raw copies and atomics only;
 //! where the CPU uses them at the same time, the driver's handshake orders the two, and that a device keeps to
-//! the handshake is what `check=leases` checks.
+//! the handshake is what `check=leases` checks. A `Bus` is a device, in other words: whoever holds one is trusted as far
+//! as hardware is, and the safe types for DMA memory rely on it in the same way.
 
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::guard::Slot;
-use super::table;
 use super::tlb::Tlb;
 use super::{Context, SoftDevice, sva};
 use crate::{Access, Fault, FaultReason, Iova, Pasid};
+
+/// Bytes in a line of the CPU's caches.
+const LINE: u64 = 64;
 
 /// The most bytes that one access covers: unmapping waits for no more than that.
 const MAX_ACCESS: u64 = 64 * 1024;
@@ -39,7 +42,9 @@ pub struct DmaFault {
 /// One engine's way to memory. Each access names the PASID that it carries; `None` is the device's own (RID)
 /// address space. A refused access is also recorded in the device's [fault queue](SoftDevice::faults).
 ///
-/// There is no way to borrow memory through a bus: every access is over when its call returns.
+/// There is no way to borrow memory through a bus: every access is over when its call returns. But it *is* a device's way
+/// to memory: what it writes changes the bytes of whoever mapped them, also behind a Rust reference to them. Give it to
+/// what plays the device, and test with `check=leases` that it keeps to what it was handed.
 #[derive(Debug)]
 pub struct Bus {
     device: Arc<SoftDevice>,
@@ -82,10 +87,9 @@ impl Bus {
         self.pieces(pasid, iova, out.len() as u64, Access::READ, |place, address, done, len| {
             let part = &mut out[done as usize..(done + len) as usize];
             match place {
-                // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
-                Place::Host { at, .. } => unsafe {
-                    ptr::copy_nonoverlapping(at, part.as_mut_ptr(), part.len());
-                },
+                // SAFETY: `at` is valid for len bytes during this access, and `part` is borrowed. They may overlap,
+                // if the caller reads its own DMA memory.
+                Place::Host { at, .. } => unsafe { ptr::copy(at, part.as_mut_ptr(), part.len()) },
                 Place::Process => return sva::read(address, part) as u64,
             }
             len
@@ -97,10 +101,9 @@ impl Bus {
         self.pieces(pasid, iova, data.len() as u64, Access::WRITE, |place, address, done, len| {
             let part = &data[done as usize..(done + len) as usize];
             match place {
-                // SAFETY: `at` is valid for len bytes during this access; `part` is ours and not DMA memory.
-                Place::Host { at, .. } => unsafe {
-                    ptr::copy_nonoverlapping(part.as_ptr(), at, part.len());
-                },
+                // SAFETY: `at` is valid for len bytes during this access, and `part` is borrowed. They may overlap,
+                // if the caller writes from its own DMA memory.
+                Place::Host { at, .. } => unsafe { ptr::copy(part.as_ptr(), at, part.len()) },
                 Place::Process => return sva::write(address, part) as u64,
             }
             len
@@ -113,7 +116,8 @@ impl Bus {
         self.pieces(pasid, iova, len, Access::WRITE, |place, address, done, len| {
             let turned = pattern.rotate_right(8 * (done % 8) as u32).to_le_bytes();
             let (words, _) = block.as_chunks_mut::<8>();
-            words.fill(turned);
+            let needed = words.len().min(len.div_ceil(8) as usize);
+            words[..needed].fill(turned);
             // The block's length is a multiple of the pattern's, so each block starts with the same byte.
             let mut at = 0;
             while at < len {
@@ -152,7 +156,7 @@ impl Bus {
             } else {
                 (src.wrapping_add(done), dst.wrapping_add(done), (len - done).min(MAX_ACCESS))
             };
-            match self.copy_piece(pasid, from, to, most) {
+            match self.copy_piece(pasid, from, to, most, backward) {
                 Ok(moved) => done += moved,
                 Err((iova, access, reason)) => return Err(self.refuse(pasid, iova, access, reason, done)),
             }
@@ -160,7 +164,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Copies up to `most` bytes; returns how many.
+    /// Copies up to `most` bytes; returns how many. `whole`: all or none, as from the end nothing can be left out.
     #[inline]
     fn copy_piece(
         &mut self,
@@ -168,11 +172,19 @@ impl Bus {
         from: u64,
         to: u64,
         most: u64,
+        whole: bool,
     ) -> Result<u64, (u64, Access, FaultReason)> {
         self.slot.enter(&self.device.generation);
         let source = self.translate(pasid, from, most, Access::READ);
         let target = self.translate(pasid, to, most, Access::WRITE);
         let moved = match (source, target) {
+            // A piece from the end lies in one page, so only a lease can end inside it.
+            (Ok(Place::Host { len, .. }), _) if whole && len < most => {
+                Err((from + len, Access::READ, FaultReason::NotLeased))
+            }
+            (_, Ok(Place::Host { len, .. })) if whole && len < most => {
+                Err((to + len, Access::WRITE, FaultReason::NotLeased))
+            }
             (
                 Ok(Place::Host { at: source, len: readable }),
                 Ok(Place::Host { at: target, len: writable }),
@@ -273,25 +285,24 @@ impl Bus {
     ) -> Result<(), DmaFault> {
         self.pieces(pasid, iova, len, access, |place, address, _, len| match place {
             Place::Host { .. } => len,
-            Place::Process => {
-                (0..len).step_by(4096).find(|at| !sva::check(address + at, access)).unwrap_or(len)
-            }
+            Place::Process => sva::accessible(address, len, access),
         })
     }
 
-    /// Writes the lines of `len` bytes back from the CPU's caches and drops them.
+    /// Writes the lines of `len` bytes back from the CPU's caches and drops them. Under SVA it only checks the
+    /// addresses: the DMA of a software device is coherent, and a page that may vanish can not be flushed.
     pub fn flush(&mut self, pasid: Option<Pasid>, iova: Iova, len: u64) -> Result<(), DmaFault> {
         self.pieces(pasid, iova, len, Access::READ, |place, address, _, len| match place {
             Place::Host { at, .. } => {
-                for line in (0..len).step_by(64) {
-                    // SAFETY: line < len, for which `at` is valid.
-                    flush_line(unsafe { at.add(line as usize) });
+                // From the start of the line that holds the first byte: lines are 64 bytes, and so are aligned alike here
+                // and there.
+                let lead = address % LINE;
+                for line in (0..lead + len).step_by(LINE as usize) {
+                    flush_line(at.wrapping_sub(lead as usize).wrapping_add(line as usize));
                 }
                 len
             }
-            Place::Process => {
-                (0..len).step_by(4096).find(|at| !sva::check(address + at, Access::READ)).unwrap_or(len)
-            }
+            Place::Process => sva::accessible(address, len, Access::READ),
         })
     }
 
@@ -357,6 +368,8 @@ impl Bus {
             Ok(place) => {
                 if each(place) {
                     Ok(())
+                } else if access.allows(Access::WRITE) {
+                    Err(missing_or_read_only(iova.get()))
                 } else {
                     Err(FaultReason::NotMapped)
                 }
@@ -400,7 +413,7 @@ impl Bus {
             Context::Process => return Ok(Place::Process),
             Context::Domain(domain) => domain,
         };
-        if iova >> table::ADDRESS_BITS != 0 {
+        if iova >> self.device.address_width() != 0 {
             return Err(FaultReason::OutOfRange);
         }
         let mut run = domain.table.walk(iova).ok_or(FaultReason::NotMapped)?;
@@ -465,7 +478,7 @@ fn word_at<'a>(at: *mut u8, n: usize) -> &'a AtomicU64 {
 
 #[cfg(target_arch = "x86_64")]
 fn flush_line(at: *mut u8) {
-    // SAFETY: `at` is a valid address; SSE2, which has CLFLUSH, is part of x86-64.
+    // SAFETY: the line holds a byte that is valid during this access; SSE2, which has CLFLUSH, is part of x86-64.
     unsafe { std::arch::x86_64::_mm_clflush(at) };
 }
 

@@ -54,7 +54,8 @@ impl SoftDevice {
         &self.name
     }
 
-    /// A new way to memory for one engine of this device.
+    /// A new way to memory for one engine of this device. It is for what plays the device: see the trust that the
+    /// documentation of [`Bus`] asks for.
     pub fn bus(self: &Arc<Self>) -> Bus {
         Bus::new(Arc::clone(self))
     }
@@ -62,6 +63,10 @@ impl SoftDevice {
     /// Accesses that were refused, the oldest first.
     pub fn faults(&self) -> &FaultQueue {
         &self.faults
+    }
+
+    pub(super) fn address_width(&self) -> u32 {
+        self.iommu.options.address_width
     }
 
     pub(super) fn check_leases(&self) -> bool {

@@ -252,7 +252,9 @@ impl Leases for Domain {
     fn take_back(&self, iova: Iova, len: u64, access: Access) {
         let Some(leases) = &self.leases else { return };
         if !leases.take_back(iova, len, access) {
-            tracing::error!("{len} bytes at {iova} come back from a device ({access}) that did not have them");
+            tracing::error!(
+                "{len} bytes at {iova} come back from a device ({access}) that did not have them"
+            );
         }
         self.invalidate();
     }

@@ -44,6 +44,20 @@ pub(super) fn write(address: u64, data: &[u8]) -> usize {
     })
 }
 
+/// How many of the `len` bytes from `address` on could be accessed now, up to the first page that could not.
+#[cold]
+#[inline(never)]
+pub(super) fn accessible(address: u64, len: u64, access: Access) -> u64 {
+    let mut at = 0;
+    while at < len {
+        if !check(address + at, access) {
+            return at;
+        }
+        at += PAGE - (address + at) % PAGE;
+    }
+    len
+}
+
 /// Whether `access` to the byte at `address` would be possible now. Whether it is writable is looked up instead of
 /// tried: writing back what was read could undo another thread's write.
 #[cold]

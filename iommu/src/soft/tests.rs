@@ -11,6 +11,15 @@ use crate::{FaultReason, Mapping};
 
 const PAGE: u64 = 4096;
 
+/// Sets a flag when dropped, so that a thread that waits for it ends when an assertion fails, too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 struct Setup {
     iommu: SoftIommu,
     device: Arc<SoftDevice>,
@@ -174,6 +183,42 @@ fn only_leased_memory_can_be_accessed_where_leases_are_checked() {
     assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
 }
 
+#[test]
+fn a_copy_from_the_end_stops_where_a_lease_does_and_moves_nothing_by_halves() {
+    let s = setup(SoftOptions { check_leases: true, ..SoftOptions::default() }, None);
+    let leases = s.ioas.leases().unwrap();
+    let mapping = s.ioas.map(&region(1), Access::READ_WRITE).unwrap();
+    let (iova, mut bus) = (mapping.iova(), s.device.bus());
+    leases.grant(iova, 100, Access::READ_WRITE);
+    bus.write(None, iova, &[7; 100]).unwrap();
+    let before = bytes(&mapping);
+    let fault = bus.copy(None, iova, iova.wrapping_add(8), 100).unwrap_err();
+    assert_eq!((fault.iova, fault.done, fault.reason), (iova.wrapping_add(100), 0, FaultReason::NotLeased));
+    assert_eq!(bytes(&mapping), before);
+    bus.copy(None, iova, iova.wrapping_add(8), 92).unwrap();
+}
+
+#[test]
+fn leases_end_with_the_mapping() {
+    let s = setup(SoftOptions { check_leases: true, ..SoftOptions::default() }, None);
+    let (leases, region) = (s.ioas.leases().unwrap(), region(1));
+    let mapping = s.ioas.map(&region, Access::READ_WRITE).unwrap();
+    leases.grant(mapping.iova(), 100, Access::WRITE);
+    drop(mapping);
+    let again = s.ioas.map(&region, Access::READ_WRITE).unwrap();
+    let fault = s.device.bus().write(None, again.iova(), b"x").unwrap_err();
+    assert_eq!(fault.reason, FaultReason::NotLeased);
+}
+
+#[test]
+fn addresses_over_the_width_are_out_of_range() {
+    let s = setup(SoftOptions { address_width: 39, ..SoftOptions::default() }, None);
+    let mut bus = s.device.bus();
+    let reason = |bus: &mut Bus, address| bus.load_u64(None, Iova::new(address)).unwrap_err().reason;
+    assert_eq!(reason(&mut bus, 1 << 39), FaultReason::OutOfRange);
+    assert_eq!(reason(&mut bus, (1 << 39) - 8), FaultReason::NotMapped);
+}
+
 /// A device writes without pause while the driver maps and unmaps; after each unmap the memory must stay as it is.
 #[test]
 fn no_dma_lands_after_unmap_returned() {
@@ -191,6 +236,7 @@ fn no_dma_lands_after_unmap_returned() {
                 }
             }
         });
+        let _stop = Stop(&stop);
         let end = Instant::now() + Duration::from_millis(400);
         let mut rounds = 0;
         while Instant::now() < end || written.load(Ordering::Relaxed) == 0 {
@@ -207,7 +253,6 @@ fn no_dma_lands_after_unmap_returned() {
             assert!(memory.iter().all(|b| *b == 0x11), "DMA after unmap");
             rounds += 1;
         }
-        stop.store(true, Ordering::Relaxed);
     });
     while s.device.faults().pop().is_some() {}
 }
@@ -242,6 +287,30 @@ fn under_sva_addresses_are_pointers_and_missing_pages_are_faults() {
     let read_only = b"in a section of constants";
     let fault = bus.write(pasid(7), address(read_only.as_ptr()), b"no").unwrap_err();
     assert_eq!(fault.reason, FaultReason::Permission);
+    let aligned = read_only.as_ptr().expose_provenance().next_multiple_of(8) as u64;
+    assert_eq!(bus.store_u64(pasid(7), Iova::new(aligned), 0).unwrap_err().reason, FaultReason::Permission);
+}
+
+#[test]
+fn under_sva_a_probe_finds_the_missing_page_also_from_an_odd_address() {
+    let iommu = SoftIommu::new(SoftOptions::default());
+    let device = iommu.device("soft:sva");
+    let _attachment = iommu.attach_sva(&device, Pasid::new(7).unwrap(), token()).unwrap();
+    // SAFETY: the kernel chooses a free range.
+    let pages = unsafe {
+        libc::mmap(ptr::null_mut(), 8192, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+    };
+    assert_ne!(pages, libc::MAP_FAILED);
+    let second = pages.wrapping_byte_add(4096);
+    // SAFETY: the page is this test's own, and no reference to it exists.
+    unsafe { libc::mprotect(second, 4096, libc::PROT_NONE) };
+    let fault = device
+        .bus()
+        .probe(pasid(7), Iova::new(pages.expose_provenance() as u64 + 4000), 200, Access::READ)
+        .unwrap_err();
+    assert_eq!((fault.iova.get(), fault.done), (second.expose_provenance() as u64, 96));
+    // SAFETY: as above.
+    unsafe { libc::munmap(pages, 8192) };
 }
 
 /// Another thread maps and unmaps what the device copies from: faults, never a crash.
@@ -279,6 +348,7 @@ fn under_sva_memory_that_vanishes_is_a_fault() {
                 std::thread::yield_now();
             }
         });
+        let _stop = Stop(&stop);
         let mut bus = device.bus();
         let (mut good, mut bad) = (0, 0);
         let mut out = vec![0_u8; len];
@@ -292,7 +362,6 @@ fn under_sva_memory_that_vanishes_is_a_fault() {
                 }
             }
         }
-        stop.store(true, Ordering::Relaxed);
         assert!(good > 0 && bad > 0, "{good} good, {bad} bad");
     });
     // SAFETY: as above.

@@ -234,7 +234,7 @@ impl Dsa {
         }
         let space = |_| {
             let pasid = Pasid::allocate_up_to(pasids)?;
-            let (of_pasid, dma) = if let Some(token) = config.sva {
+            let (of_pasid, dma) = if let Some(token) = config.sva.clone() {
                 (iommu.attach_sva(device, pasid.get(), token)?, DmaSpace::shared_virtual())
             } else {
                 let ioas = iommu.alloc_ioas()?;
