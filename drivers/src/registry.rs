@@ -186,8 +186,9 @@ impl<'a> Address<'a> {
                     .mend(format!("options of {}: {known}", scheme.name)));
             }
             if self.options[..at].iter().any(|(earlier, _)| earlier == name) {
-                return Err(invalid(self.text, format!("option {name:?} is given twice"))
-                    .mend("give it once"));
+                return Err(
+                    invalid(self.text, format!("option {name:?} is given twice")).mend("give it once")
+                );
             }
         }
         Ok(())

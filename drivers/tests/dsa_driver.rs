@@ -558,8 +558,7 @@ fn a_wait_without_an_end_ends_too() {
 fn a_deadline_does_not_depend_on_how_often_one_polls() {
     let mut dsa = honest(Run::Stepped);
     let deadline = Duration::from_millis(20);
-    let mut channels =
-        dsa.channels(&Config { deadline: Some(deadline), ..Config::default() }).unwrap();
+    let mut channels = dsa.channels(&Config { deadline: Some(deadline), ..Config::default() }).unwrap();
     channels[0].submit(Job::new(Op::Nop)).unwrap();
     let begun = Instant::now();
     let mut polls = 0;
