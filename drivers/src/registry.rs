@@ -90,13 +90,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
     if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
         options.max_pasids = pasids;
     }
-    let cores = match address.number("core", 0..=usize::MAX)? {
-        Some(core) => {
-            worker::check_core(core).map_err(|error| error.device(address.text.to_owned()))?;
-            vec![core]
-        }
-        None => Vec::new(),
-    };
+    let cores = address.core("core")?.map_or(Vec::new(), |core| vec![core]);
     let iommu = SoftIommu::new(options);
     let model = Box::new(DsaModel::new(profile));
     let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
@@ -151,6 +145,25 @@ impl<'a> Address<'a> {
         }
     }
 
+    /// The value of an option that is a core.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is not a number; [`ErrorKind::NotFound`] for a core that this process does not
+    /// have. The mend lists those that it has.
+    pub fn core(&self, name: &str) -> Result<Option<usize>> {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        match value.parse() {
+            Ok(core) => worker::check_core(core)
+                .map(|()| Some(core))
+                .map_err(|error| error.device(self.text.to_owned())),
+            Err(_) => {
+                let cores: Vec<_> = worker::cores().iter().map(ToString::to_string).collect();
+                Err(invalid(self.text, format!("{name}={value} is not a core"))
+                    .mend(format!("{name} can be: {}", cores.join(", "))))
+            }
+        }
+    }
+
     /// The value of an option that has names for its values.
     ///
     /// # Errors
@@ -173,7 +186,9 @@ impl<'a> Address<'a> {
                     .mend(format!("options of {}: {known}", scheme.name)));
             }
             if self.options[..at].iter().any(|(earlier, _)| earlier == name) {
-                return Err(invalid(self.text, format!("option {name:?} is given twice")));
+                return Err(
+                    invalid(self.text, format!("option {name:?} is given twice")).mend("give it once")
+                );
             }
         }
         Ok(())
@@ -292,8 +307,18 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{address}");
             assert_eq!(error.mend_text(), Some(mend), "{address}");
         }
-        assert!(refused("soft:dsa,wqs=1,wqs=2").to_string().contains("given twice"));
-        assert!(refused("soft:dsa,core=100000").to_string().contains("100000"));
+        let error = refused("soft:dsa,wqs=1,wqs=2");
+        assert!(error.to_string().contains("given twice"), "{error}");
+        assert_eq!(error.mend_text(), Some("give it once"));
+
+        let error = refused("soft:dsa,core=100000");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().contains("100000"), "{error}");
+        let last = worker::cores().last().unwrap().to_string();
+        for address in ["soft:dsa,core=100000", "soft:dsa,core=first", "soft:dsa,core=-1"] {
+            let error = refused(address);
+            assert!(error.mend_text().unwrap().ends_with(&last), "{error}");
+        }
     }
 
     #[test]

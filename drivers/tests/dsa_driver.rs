@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use underpass::accel::{Accelerator, Channel, Config, Done, Job, JobError, Op, OpKind, Reason, State};
@@ -295,14 +296,22 @@ fn the_devices_own_errors_are_reported_once_and_stall_their_queue() {
 
 #[test]
 fn a_halted_device_is_reset_as_a_whole_and_every_channel_comes_back() {
+    comes_back_from_a_halt(DsaProfile::default(), false);
+    comes_back_from_a_halt(DsaProfile::default(), true);
+    // The reset takes back the handles that were asked for.
+    comes_back_from_a_halt(DsaProfile { interrupt_handles: true, ..DsaProfile::default() }, true);
+}
+
+fn comes_back_from_a_halt(profile: DsaProfile, interrupts: bool) {
     let halted = Arc::new(AtomicBool::new(false));
     let shared = Arc::clone(&halted);
-    let mut dsa = lying(move |at, truth| match at {
+    let lie = Box::new(move |at, truth| match at {
         reg::GENSTS if shared.swap(false, Ordering::Relaxed) => 3,
         _ => truth,
-    })
-    .unwrap();
-    let mut channels = dsa.channels(&Config { channels: 2, depth: 4, ..Config::default() }).unwrap();
+    });
+    let mut dsa = Dsa::open(pci(profile, Run::Stepped, leases(), lie)).unwrap();
+    let config = Config { channels: 2, depth: 4, interrupts, ..Config::default() };
+    let mut channels = dsa.channels(&config).unwrap();
     let mut done = Burst::with_capacity(4);
     for channel in &mut channels {
         channel.submit(Job::new(Op::Nop)).unwrap();
@@ -316,7 +325,52 @@ fn a_halted_device_is_reset_as_a_whole_and_every_channel_comes_back() {
         let (_region, mut buffers) = memory(&mut **channel);
         channel.submit(copy(&mut buffers)).unwrap();
         collect(&mut **channel, 1, || dsa.device().step()).iter().for_each(assert_copied);
+        if interrupts {
+            channel.submit(copy(&mut buffers)).unwrap();
+            while dsa.device().step() {}
+            let begun = Instant::now();
+            channel.wait(PATIENCE).unwrap();
+            assert!(begun.elapsed() < PATIENCE / 2);
+            collect(&mut **channel, 1, || false).iter().for_each(assert_copied);
+            // And an ordinary reset does not ask for the handle a second time.
+            assert_eq!(channel.reset(&mut done).unwrap(), 0);
+            channel.submit(copy(&mut buffers)).unwrap();
+            collect(&mut **channel, 1, || dsa.device().step()).iter().for_each(assert_copied);
+        }
     }
+}
+
+#[test]
+fn an_error_register_that_never_clears_is_reported_once() {
+    let mut reads = 0;
+    let mut broken = lying(move |at, truth| {
+        if at != reg::SWERR {
+            return truth;
+        }
+        // Valid, and something else each time.
+        reads += 1;
+        1 | reads << 40
+    })
+    .unwrap();
+    assert!(broken.next_error().is_some());
+    assert!((0..1000).all(|_| broken.next_error().is_none()));
+}
+
+#[test]
+fn an_error_that_comes_while_another_is_acknowledged_is_not_lost() {
+    // What a driver reads of SWERR's first word: an error and, after its acknowledge, already the next.
+    let first = 1 | 0x10 << 8;
+    let second = 1 | 0x11 << 8;
+    let mut reads = [0, first, second, second, 0, 0].into_iter();
+    let mut dsa = lying(move |at, truth| match at {
+        reg::SWERR => reads.next().unwrap_or(truth),
+        _ => truth,
+    })
+    .unwrap();
+    assert!(dsa.next_error().is_none());
+    assert!(dsa.next_error().unwrap().to_string().contains("SWERR is 0x0000000000001001"));
+    assert!(dsa.next_error().unwrap().to_string().contains("SWERR is 0x0000000000001101"));
+    assert!(dsa.next_error().is_none());
 }
 
 #[test]
@@ -482,6 +536,40 @@ fn a_wait_ends_at_the_deadline_of_a_job() {
     channels[0].wait(PATIENCE).unwrap();
     assert!(begun.elapsed() < PATIENCE / 2);
     assert_eq!(channels[0].state(), State::Stalled);
+}
+
+#[test]
+fn a_wait_without_an_end_ends_too() {
+    let mut dsa = honest(THREADS);
+    let mut channels = dsa.channels(&Config { interrupts: true, ..Config::default() }).unwrap();
+    channels[0].submit(Job::new(Op::Nop)).unwrap();
+    channels[0].wait(Duration::MAX).unwrap();
+    assert_eq!(channels[0].poll(&mut Burst::with_capacity(1)), 1);
+    // At the deadline, where the device does nothing.
+    let mut dsa = honest(Run::Stepped);
+    let deadline = Some(Duration::from_millis(30));
+    let mut channels = dsa.channels(&Config { interrupts: true, deadline, ..Config::default() }).unwrap();
+    channels[0].submit(Job::new(Op::Nop)).unwrap();
+    channels[0].wait(Duration::MAX).unwrap();
+    assert_eq!(channels[0].state(), State::Stalled);
+}
+
+#[test]
+fn a_deadline_does_not_depend_on_how_often_one_polls() {
+    let mut dsa = honest(Run::Stepped);
+    let deadline = Duration::from_millis(20);
+    let mut channels = dsa.channels(&Config { deadline: Some(deadline), ..Config::default() }).unwrap();
+    channels[0].submit(Job::new(Op::Nop)).unwrap();
+    let begun = Instant::now();
+    let mut polls = 0;
+    while channels[0].state() == State::Running {
+        assert_eq!(channels[0].poll(&mut Burst::with_capacity(1)), 0);
+        polls += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(begun.elapsed() >= deadline);
+    // Counted in polls, because a busy machine sleeps for longer than it was asked to: 60 ms at the most.
+    assert!(polls <= 12, "{polls} polls, 5 ms apart, until the deadline of {deadline:?} was noticed");
 }
 
 #[test]

@@ -438,7 +438,7 @@ fn batches_come_back_whole_whatever_is_said_of_them() {
                     let told = with_status >> member & 1 == 1;
                     let implied = !has_result
                         && match status.0 {
-                            1 => true,
+                            1 => completed as usize == COUNT,
                             5 | 6 => completed as usize <= COUNT && member < completed as usize,
                             _ => false,
                         };

@@ -198,13 +198,14 @@ const fn lied<T>(why: &'static str) -> Result<T, JobError> {
 pub(super) const DONE: Outcome =
     Outcome { matched: true, delta_overflow: false, crc: 0, delta_len: 0, mismatch_at: 0 };
 
-/// Whether the answer to `op`, or to the batch that it is in, is that it was done, and that is all there is to say:
-/// most are. Its outcome is [`DONE`].
+/// Whether the answer to `op`, or to the `batch` of so many members that it is in, is that it was done, and that is all
+/// there is to say: most are. Its outcome is [`DONE`].
 #[inline]
-pub(super) fn is_plain_success(op: &Op, answer: Handshake, is_batch: bool) -> bool {
+pub(super) fn is_plain_success(op: &Op, answer: Handshake, batch: Option<usize>) -> bool {
+    let completed = answer.completed() as usize;
     answer.status() == Status::SUCCESS.0
         && !has_result(op)
-        && (is_batch || answer.completed() as usize <= completable(op))
+        && batch.map_or_else(|| completed <= completable(op), |members| completed == members)
 }
 
 /// Whether a success tells more than that all of the transfer size is done, so that its record is needed.
@@ -313,7 +314,7 @@ fn succeeded(
 pub(super) fn silent_successes(batch: Handshake, members: usize) -> usize {
     let completed = batch.completed() as usize;
     match Status(batch.status()) {
-        Status::SUCCESS => members,
+        Status::SUCCESS if completed == members => members,
         Status::BATCH_FAILED | Status::BATCH_PAGE_FAULT if completed <= members => completed,
         _ => 0,
     }

@@ -114,16 +114,17 @@ impl Dsa {
 
         let core = self.core.control();
         let wq = core.registers.capabilities().wq;
-        let (there, what) = match self.mode {
-            WqMode::Dedicated => (wq.dedicated(), "dedicated"),
-            WqMode::Shared => (wq.shared(), "shared"),
+        let (there, what, other) = match self.mode {
+            WqMode::Dedicated => (wq.dedicated(), "dedicated", "shared"),
+            WqMode::Shared => (wq.shared(), "shared", "dedicated"),
         };
         if !there {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "set up its channels",
                 format!("WQCAP is {:#x}: it has no {what} work queues", wq.into_bits()),
-            ));
+            )
+            .mend(format!("use {other} work queues")));
         }
         Ok(Plan {
             channels,
@@ -366,16 +367,16 @@ impl Core {
         control.registers.quiesce_wq(index)
     }
 
-    /// Lets queue `index` work again after [`quiesce`](Self::quiesce).
-    fn resume(&self, index: usize) -> Result<()> {
+    /// Lets queue `index` work again after [`quiesce`](Self::quiesce). Returns its interrupt handle: one that was asked
+    /// for before a reset of the device is no longer valid.
+    fn resume(&self, index: usize) -> Result<u16> {
         let Control { registers, wqs } = &mut *self.control();
         if registers.state() == DeviceState::Disabled {
-            return registers.start(wqs);
+            registers.start(wqs)?;
         }
-        match wqs.get(index) {
-            Some(Some(wq)) => registers.resume_wq(index, wq),
-            _ => Ok(()),
-        }
+        let Some(Some(wq)) = wqs.get(index) else { return Ok(0) };
+        registers.resume_wq(index, wq)?;
+        wq.vector.map_or(Ok(0), |vector| registers.interrupt_handle(vector))
     }
 
     /// Stops queue `index` for good.

@@ -5,6 +5,7 @@
 //! completion record of its own and, for batches, a list of descriptors with a record each.
 
 mod lifecycle;
+mod patience;
 
 use std::collections::VecDeque;
 use std::mem;
@@ -22,15 +23,13 @@ use underpass::iommu::OwnedPasid;
 use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
+use self::patience::Patience;
 use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
 use super::{Core, Space, number};
 use crate::dsa::spec::{
     CompletionRecord, Context, Descriptor, HANDSHAKE, Handshake, Opcode, PORTAL_PAGE, flag,
 };
 use crate::shape::{check_shape, operands, transfer_size};
-
-/// How many polls in a row may find the oldest submission unfinished before one looks at the clock.
-const POLLS_PER_CLOCK: u32 = 64;
 
 /// What every descriptor of this driver asks for: a completion record, also on success.
 const RECORD: u32 = flag::COMPLETION_ADDRESS_VALID | flag::REQUEST_COMPLETION;
@@ -89,10 +88,8 @@ pub(super) struct WorkQueue {
     /// The memory of `lists` and `records`.
     memory: Arc<Region>,
 
-    /// Polls since the oldest submission changed.
-    patience: u32,
-    /// When the clock was first looked at for the oldest submission.
-    waiting_since: Option<Instant>,
+    /// With the oldest submission.
+    patience: Patience,
     /// A reset has made the queue quiet, and has not yet started it again.
     resetting: bool,
     counters: Arc<Counters>,
@@ -221,12 +218,13 @@ impl WorkQueue {
         let Entry { is_batch, delivered, ref mut jobs, .. } = self.entries[entry as usize];
         let now = jobs.len().min(delivered + done.room());
         let (all, filled) = (now == jobs.len(), done.len());
+        let batch = is_batch.then_some(jobs.len());
         // First every job with the outcome that most have, a constant: a Done that is put together from its own is
         // moved in loads that wait for narrower stores, at three times the cost.
         let (mut bytes, mut plain) = (0, !self.leased);
         let moved = jobs[delivered..now].iter_mut().map(|job| {
             bytes += transfer_size(&job.op) as u64;
-            plain &= is_plain_success(&job.op, answer, is_batch);
+            plain &= is_plain_success(&job.op, answer, batch);
             Job { op: mem::replace(&mut job.op, Op::Nop), ..*job }
         });
         done.extend(moved.map(|job| Done { job, result: const { Ok(DONE) } }));
@@ -254,13 +252,15 @@ impl WorkQueue {
         done: &mut [Done],
         sum: &mut CounterValues,
     ) -> u64 {
+        let Entry { is_batch, ref jobs, .. } = self.entries[entry as usize];
+        let batch = is_batch.then_some(jobs.len());
         let mut bytes = 0;
         for (member, done) in (first..).zip(done) {
             let op = &done.job.op;
             if self.leased {
                 self.take_back(op);
             }
-            if !is_plain_success(op, answer, self.entries[entry as usize].is_batch) {
+            if !is_plain_success(op, answer, batch) {
                 done.result = self.result(entry, member, answer, op);
                 if done.result.is_err() {
                     sum.failed += 1;
@@ -306,8 +306,7 @@ impl WorkQueue {
     #[inline]
     fn release(&mut self, place: usize) {
         let entry = if place == 0 {
-            self.patience = 0;
-            self.waiting_since = None;
+            self.patience = Patience::new();
             self.order.pop_front()
         } else {
             self.order.remove(place)
@@ -327,9 +326,7 @@ impl WorkQueue {
     /// Stalls the queue if its oldest submission has waited for longer than the deadline.
     #[cold]
     fn look_at_clock(&mut self) {
-        let now = Instant::now();
-        let since = *self.waiting_since.get_or_insert(now);
-        if now.duration_since(since) >= self.place.deadline && self.is_running() {
+        if self.patience.look(Instant::now(), self.place.deadline) && self.is_running() {
             self.set_state(State::Stalled);
         }
     }
@@ -446,11 +443,8 @@ impl Channel for WorkQueue {
                 break;
             }
         }
-        if unfinished != 0 {
-            self.patience = self.patience.wrapping_add(1);
-            if self.patience.is_multiple_of(POLLS_PER_CLOCK) {
-                self.look_at_clock();
-            }
+        if unfinished != 0 && self.patience.polled(sum.jobs != 0) {
+            self.look_at_clock();
         }
         if sum.jobs != 0 {
             self.counters.add(sum);

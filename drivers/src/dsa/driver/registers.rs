@@ -71,7 +71,8 @@ impl From<CommandFailure> for Error {
                 ErrorKind::Device,
                 format!("do command {command:?}"),
                 format!("CMDSTS is {:#010x}: {}", status.into_bits(), CommandError(status.error()).text()),
-            ),
+            )
+            .mend("open the device again, which resets it; if it refuses that, too, take another"),
             CommandFailure::Late { command, status } => Self::new(
                 ErrorKind::Timeout,
                 format!("do command {command:?}"),
@@ -91,9 +92,16 @@ pub(super) struct Registers {
     wqcfg_stride: u64,
     msix_perm: Bar,
     capabilities: Capabilities,
-    /// A software error that did not go away when it was acknowledged: not reported again.
+    /// Interrupt handles that were asked for since the last reset, by vector.
+    handles: Vec<(u16, u16)>,
+    /// A software error that did not go away when it was acknowledged: nothing is reported until it does.
     stuck_error: Option<[u64; 3]>,
     halt_reported: bool,
+}
+
+/// The PCI ids of the devices that this driver knows, for people.
+fn known_ids() -> String {
+    DEVICE_IDS.map(|id| format!("{VENDOR_ID:04x}:{id:04x}")).join(", ")
 }
 
 /// The device's register makes no sense.
@@ -122,7 +130,8 @@ impl Registers {
                 ErrorKind::Unsupported,
                 "drive it as a DSA",
                 format!("its PCI ids are {vendor:04x}:{id:04x}"),
-            ));
+            )
+            .mend(format!("take one of these: {}", known_ids())));
         }
         let bar = device.bar(REGISTER_BAR)?;
         if bar.len() < FIXED_REGISTERS {
@@ -144,6 +153,7 @@ impl Registers {
             msix_perm: table(&bar, "MSIXPERM", offsets.msix_perm(), vectors * MSIXPERM_STRIDE)?,
             bar,
             capabilities,
+            handles: Vec::new(),
             stuck_error: None,
             halt_reported: false,
         };
@@ -195,6 +205,7 @@ impl Registers {
     /// Stops the device and clears its configuration.
     pub(super) fn reset(&mut self) -> Result<()> {
         self.command(Command::ResetDevice, 0)?;
+        self.handles.clear();
         self.halt_reported = false;
         self.stuck_error = None;
         Ok(())
@@ -282,12 +293,17 @@ impl Registers {
         WqStatus::from_bits(self.wqcfg.read32(base + wqcfg::STATUS))
     }
 
-    /// The handle by which a descriptor names this MSI-X vector.
+    /// The handle by which a descriptor names this MSI-X vector, until the next reset.
     pub(super) fn interrupt_handle(&mut self, vector: u16) -> Result<u16> {
         if !self.capabilities.handles_by_command {
             return Ok(vector);
         }
-        Ok(self.command(Command::RequestInterruptHandle, u32::from(vector))?.result())
+        if let Some((_, handle)) = self.handles.iter().find(|(of, _)| *of == vector) {
+            return Ok(*handle);
+        }
+        let handle = self.command(Command::RequestInterruptHandle, u32::from(vector))?.result();
+        self.handles.push((vector, handle));
+        Ok(handle)
     }
 
     /// Makes the queue drop what it has not begun and waits for the rest. When this returns without an error,
@@ -339,17 +355,20 @@ impl Registers {
     fn software_error(&mut self) -> Option<DeviceError> {
         let words = [0, 8, 16].map(|word| self.bar.read64(reg::SWERR + word));
         let error = SwErr::from_bits(words[0]);
-        if !error.valid() || self.stuck_error == Some(words) {
+        if !error.valid() {
+            self.stuck_error = None;
             return None;
         }
         // Written back: the two flags that are cleared by ones.
         let flags = SwErr::new().with_valid(true).with_overflow(error.overflow());
         self.bar.write64(reg::SWERR, flags.into_bits());
-        self.stuck_error = Some(words);
-        if !SwErr::from_bits(self.bar.read64(reg::SWERR)).valid() {
-            self.stuck_error = None;
+        let is_stuck = SwErr::from_bits(self.bar.read64(reg::SWERR)).valid();
+        let before = std::mem::replace(&mut self.stuck_error, is_stuck.then_some(words));
+        // What is there after an acknowledge is the same error, or one that came right then. If it can be acknowledged
+        // now, the words tell which; if not, there would be no end to what a broken register reports.
+        if before.is_some_and(|before| is_stuck || before == words) {
+            return None;
         }
-
         Some(DeviceError {
             error: Error::new(ErrorKind::Device, "go on after a software error", describe(words))
                 .mend("reset the channel; its jobs come back"),
@@ -441,7 +460,8 @@ impl Capabilities {
                 ErrorKind::Unsupported,
                 "configure it",
                 format!("GENCAP is {:#x}: its configuration can not be written", general.into_bits()),
-            ));
+            )
+            .mend("take a whole device; this is a part of one that its host has configured and keeps"));
         }
         let commands = if general.command_capabilities() { bar.read32(reg::CMDCAP) } else { 0 };
         Ok(Self {

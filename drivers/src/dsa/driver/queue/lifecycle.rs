@@ -12,6 +12,7 @@ use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::iommu::OwnedPasid;
 use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
 
+use super::patience::Patience;
 use super::{Entry, Place, RECORD, WorkQueue};
 use crate::dsa::driver::Space;
 use crate::dsa::spec::{CompletionRecord, Context, Descriptor, Handshake, flag};
@@ -55,8 +56,7 @@ impl WorkQueue {
             lists: Records::new(lists, &space.dma, Access::READ)?,
             records: Records::new(records, &space.dma, Access::WRITE)?,
             memory,
-            patience: 0,
-            waiting_since: None,
+            patience: Patience::new(),
             resetting: false,
             counters: Arc::default(),
             space,
@@ -66,7 +66,8 @@ impl WorkQueue {
 
     /// Waits for a completion's interrupt.
     pub(super) fn sleep(&mut self, timeout: Duration) -> Result<()> {
-        let until = Instant::now() + timeout;
+        // None is later than any clock of ours goes: no limit of the caller's.
+        let until = Instant::now().checked_add(timeout);
         loop {
             let Some(interrupt) = &self.place.interrupt else {
                 let error =
@@ -78,19 +79,19 @@ impl WorkQueue {
             if self.is_ready() {
                 return Ok(());
             }
-            let mut left = until.saturating_duration_since(Instant::now());
+            let mut left = until.map(|until| until.saturating_duration_since(Instant::now()));
             if self.outstanding != 0 {
                 self.look_at_clock();
                 if !self.is_running() {
                     return Ok(());
                 }
-                left = left.min(self.place.deadline);
+                left = Some(left.map_or(self.place.deadline, |left| left.min(self.place.deadline)));
             }
-            if left.is_zero() {
+            if left.is_some_and(|left| left.is_zero()) {
                 return Ok(());
             }
             if let Some(interrupt) = &self.place.interrupt {
-                interrupt.wait(Some(left))?;
+                interrupt.wait(left)?;
             }
         }
     }
@@ -120,7 +121,7 @@ impl WorkQueue {
         }
         self.counters.add(sum);
         if self.outstanding == 0 {
-            core.resume(self.place.index).map_err(named)?;
+            self.place.interrupt_handle = core.resume(self.place.index).map_err(named)?;
             self.resetting = false;
             self.set_state(State::Running);
         }
