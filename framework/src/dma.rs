@@ -42,7 +42,7 @@ impl DmaBuf {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "make a buffer of a region",
-                "its memory has an owner already, or is another's that came by file descriptor",
+                "its memory has an owner already, or came by file descriptor and is shared",
             )
             .mend("split the buffer that exists, or build a region of its own"));
         }

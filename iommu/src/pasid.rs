@@ -145,8 +145,7 @@ impl PasidAllocator {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // All that can panic halfway through a change is the memory for one that was freed; that one is lost then,
-        // which is sound.
+        // Nothing panics halfway through a change, so a poisoned lock holds a sound state.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -60,7 +60,7 @@ fn shortage_of_memory(len: u64, available: Option<u64>) -> (String, String) {
         None => "there is not enough memory".to_owned(),
     };
     let mend = if available.is_some_and(|available| available >= len) {
-        "raise the limit that it met: memory.max of the control group, ulimit -v, vm.max_map_count, or \
+        "raise the limit that it met: the control group's memory.max, ulimit -v, vm.max_map_count, or that of \
          vm.overcommit_memory=2"
     } else {
         "stop what else uses memory, or ask for less"
@@ -130,8 +130,8 @@ impl Pool {
             return (
                 format!("{needed} huge pages of {size} are free, but this process may not have as many"),
                 format!(
-                    "raise the limit that it met: hugetlb.{name}.max or hugetlb.{name}.rsvd.max of the control group \
-                     in /proc/self/cgroup, its NUMA nodes (cpuset.mems), or ulimit -v"
+                    "raise the limit that it met: the control group's (/proc/self/cgroup) hugetlb.{name}.max or \
+                     hugetlb.{name}.rsvd.max (limit_in_bytes in version 1), its cpuset.mems, or ulimit -v"
                 ),
             );
         }
