@@ -89,8 +89,7 @@ impl Drop for OwnedPasid {
 /// Hands out the PASID that has been free for the longest, so that a device which still uses a stale one meets no
 /// address space rather than somebody else's.
 ///
-/// Those that were never in use come first, from the highest down: the few low ones, which are all that some
-/// devices have, are left to those.
+/// Those that were never in use come first, from 1 up: a device's table of PASIDs then stays small.
 #[derive(Debug)]
 pub struct PasidAllocator(Mutex<State>);
 
@@ -151,9 +150,9 @@ impl PasidAllocator {
 }
 
 impl State {
-    /// The highest of the first `limit` that was never in use.
+    /// The lowest of the first `limit` that was never in use.
     fn untouched(&self, limit: usize) -> Option<Pasid> {
-        let bit = self.touched[..limit].last_zero()?;
+        let bit = self.touched[..limit].first_zero()?;
         Pasid::new(u32::try_from(bit + 1).ok()?)
     }
 
@@ -205,14 +204,14 @@ mod tests {
             order.push(pasid.get());
             allocator.free(pasid);
         }
-        assert_eq!(order, [4, 3, 2, 1, 4, 3]);
+        assert_eq!(order, [1, 2, 3, 4, 1, 2]);
     }
 
     #[test]
     fn exhaustion_says_how_many_there_are() {
         let allocator = PasidAllocator::new(3);
         let all = [(); 3].map(|()| allocator.allocate().unwrap().get());
-        assert_eq!(all, [3, 2, 1]);
+        assert_eq!(all, [1, 2, 3]);
         let error = allocator.allocate().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Exhausted);
         assert!(error.to_string().contains("all 3"), "{error}");
@@ -224,15 +223,15 @@ mod tests {
     }
 
     #[test]
-    fn a_device_with_few_gets_those_however_many_others_have() {
+    fn a_device_with_few_gets_the_longest_free_of_its_own() {
         let allocator = PasidAllocator::new(100);
-        for n in 0..96 {
-            assert_eq!(allocator.allocate().unwrap().get(), 100 - n);
-        }
-        for n in [4, 3, 2, 1] {
+        for n in 1..=4 {
             assert_eq!(allocator.allocate_up_to(4).unwrap().get(), n);
         }
         assert_eq!(allocator.allocate_up_to(4).unwrap_err().kind(), ErrorKind::Exhausted);
+        for n in 5..=100 {
+            assert_eq!(allocator.allocate().unwrap().get(), n);
+        }
         for n in [50, 3, 1] {
             allocator.free(Pasid::new(n).unwrap());
         }
@@ -296,8 +295,11 @@ mod tests {
     #[test]
     fn there_are_none_above_20_bits() {
         let allocator = PasidAllocator::new(u32::MAX);
-        assert_eq!(allocator.allocate().unwrap().get(), 0xf_ffff);
-        assert_eq!(allocator.allocate().unwrap().get(), 0xf_fffe);
+        let mut last = 0;
+        while let Ok(pasid) = allocator.allocate() {
+            last = pasid.get();
+        }
+        assert_eq!(last, 0xf_ffff);
     }
 
     #[test]
