@@ -96,8 +96,8 @@ pub struct PasidAllocator(Mutex<State>);
 struct State {
     /// Bit n: PASID n + 1 is in use.
     used: BitVec,
-    /// Bit n: PASID n + 1 is in use, or was.
-    touched: BitVec,
+    /// Those from this one on were never in use.
+    untouched: usize,
     /// Those that were in use and are not, the one that has been free for the longest first.
     freed: VecDeque<Pasid>,
 }
@@ -105,8 +105,8 @@ struct State {
 impl PasidAllocator {
     /// An allocator of the PASIDs 1 to `max`; there are none above [`Pasid::MAX`].
     pub fn new(max: u32) -> Self {
-        let none = BitVec::repeat(false, max.min(Pasid::MAX) as usize);
-        Self(Mutex::new(State { used: none.clone(), touched: none, freed: VecDeque::new() }))
+        let used = BitVec::repeat(false, max.min(Pasid::MAX) as usize);
+        Self(Mutex::new(State { used, untouched: 1, freed: VecDeque::new() }))
     }
 
     /// The PASID that has been free for the longest.
@@ -125,9 +125,7 @@ impl PasidAllocator {
         let mut state = self.state();
         let limit = state.used.len().min(max as usize);
         let pasid = state.untouched(limit).or_else(|| state.rested(limit)).ok_or_else(|| exhausted(limit))?;
-        let bit = pasid.get() as usize - 1;
-        state.used.set(bit, true);
-        state.touched.set(bit, true);
+        state.used.set(pasid.get() as usize - 1, true);
         Ok(pasid)
     }
 
@@ -150,10 +148,14 @@ impl PasidAllocator {
 }
 
 impl State {
-    /// The lowest of the first `limit` that was never in use.
-    fn untouched(&self, limit: usize) -> Option<Pasid> {
-        let bit = self.touched[..limit].first_zero()?;
-        Pasid::new(u32::try_from(bit + 1).ok()?)
+    /// Takes the lowest that was never in use, if it is not above `limit`.
+    fn untouched(&mut self, limit: usize) -> Option<Pasid> {
+        let pasid = Pasid::new(u32::try_from(self.untouched).ok()?)?;
+        if self.untouched > limit {
+            return None;
+        }
+        self.untouched += 1;
+        Some(pasid)
     }
 
     /// Takes, of those of the first `limit` that were freed, the one that was freed first.
