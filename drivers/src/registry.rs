@@ -152,16 +152,13 @@ impl<'a> Address<'a> {
     /// have. The mend lists those that it has.
     pub fn core(&self, name: &str) -> Result<Option<usize>> {
         let Some(value) = self.option(name) else { return Ok(None) };
-        match value.parse() {
-            Ok(core) => worker::check_core(core)
-                .map(|()| Some(core))
-                .map_err(|error| error.device(self.text.to_owned())),
-            Err(_) => {
-                let cores: Vec<_> = worker::cores().iter().map(ToString::to_string).collect();
-                Err(invalid(self.text, format!("{name}={value} is not a core"))
-                    .mend(format!("{name} can be: {}", cores.join(", "))))
-            }
-        }
+        let Ok(core) = value.parse() else {
+            let cores: Vec<_> = worker::cores().iter().map(ToString::to_string).collect();
+            return Err(invalid(self.text, format!("{name}={value} is not a core"))
+                .mend(format!("{name} can be: {}", cores.join(", "))));
+        };
+        worker::check_core(core).map_err(|error| error.device(self.text.to_owned()))?;
+        Ok(Some(core))
     }
 
     /// The value of an option that has names for its values.

@@ -192,6 +192,7 @@ fn what_the_device_has_not_is_refused() {
     let profile = DsaProfile { shared: false, ..DsaProfile::default() };
     let error = open(profile, WqMode::Shared, leases()).unwrap_err();
     assert!(error.to_string().contains("WQCAP"), "{error}");
+    assert_eq!(error.mend_text(), Some("use dedicated work queues"));
 }
 
 #[test]
@@ -239,6 +240,44 @@ fn registers_that_make_no_sense_are_errors_that_name_them() {
     // A configuration that can not be written.
     let error = lying(|at, truth| if at == reg::GENCAP { truth & !(1 << 31) } else { truth }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.mend_text().is_some(), "{error}");
+    // A command that is refused.
+    let error = lying(|at, truth| if at == reg::CMDSTS { 1 } else { truth }).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert!(error.mend_text().is_some(), "{error}");
+}
+
+#[test]
+fn another_device_is_refused_with_the_ids_of_those_that_are_known() {
+    struct Other(DsaModel);
+    impl Model for Other {
+        fn config_space(&self) -> ConfigSpace {
+            ConfigSpace::new(0x8086, 0x0cfe, 0x08_8000)
+        }
+        fn bars(&self) -> Vec<BarSpec> {
+            self.0.bars()
+        }
+        fn vectors(&self) -> usize {
+            0
+        }
+        fn start(&mut self, _: Arc<dyn Host>) -> Vec<Box<dyn Engine>> {
+            Vec::new()
+        }
+        fn read(&mut self, _: usize, _: u64, _: Width) -> u64 {
+            panic!("its registers are unknown: it must not be touched")
+        }
+        fn write(&mut self, _: usize, _: u64, _: Width, _: u64) {
+            panic!("its registers are unknown: it must not be touched")
+        }
+        fn config_written(&mut self, _: &ConfigSpace) {}
+        fn reset(&mut self) {}
+    }
+    let model = Box::new(Other(DsaModel::default()));
+    let device = PciDevice::in_process("soft:iaa", model, &SoftIommu::new(leases()), Run::Stepped).unwrap();
+    let error = Dsa::open(device).unwrap_err();
+    assert_eq!((error.kind(), error.device_name()), (ErrorKind::Unsupported, Some("soft:iaa")));
+    assert!(error.to_string().contains("8086:0cfe"), "{error}");
+    assert!(error.mend_text().is_some_and(|mend| mend.contains("8086:0b25")), "{error}");
 }
 
 #[test]
@@ -298,6 +337,8 @@ fn the_devices_own_errors_are_reported_once_and_stall_their_queue() {
 fn a_halted_device_is_reset_as_a_whole_and_every_channel_comes_back() {
     comes_back_from_a_halt(DsaProfile::default(), false);
     comes_back_from_a_halt(DsaProfile::default(), true);
+    // CMDCAP is there, and has no commands for handles.
+    comes_back_from_a_halt(DsaProfile { command_capabilities: true, ..DsaProfile::default() }, true);
     // The reset takes back the handles that were asked for.
     comes_back_from_a_halt(DsaProfile { interrupt_handles: true, ..DsaProfile::default() }, true);
 }

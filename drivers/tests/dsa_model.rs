@@ -184,6 +184,28 @@ fn every_error_of_the_other_commands() {
 }
 
 #[test]
+fn the_default_profile_is_a_known_part_but_for_what_the_model_says() {
+    const GENCAP: u64 = 0x10;
+    const CMDCAP: u64 = 0xb0;
+    let rig = Rig::disabled(DsaProfile::default());
+    // Block on fault, cache control for flushes, message storage, and a reserved bit.
+    let differs = 1 | 1 << 3 | 0x3f << 25 | 1 << 38;
+    let (part, model) = (0x40_915f_0107, rig.regs.read64(GENCAP));
+    assert_eq!(part & !differs, model & !differs);
+    assert_eq!(model & differs, 1 << 3);
+    assert_eq!(rig.regs.read32(CMDCAP), 0);
+
+    let commands = |profile| {
+        let rig = Rig::disabled(profile);
+        assert_eq!(rig.regs.read64(GENCAP) & 1 << 4, 1 << 4);
+        rig.regs.read32(CMDCAP)
+    };
+    // Commands 1 to 12, and the two of interrupt handles.
+    assert_eq!(commands(DsaProfile { command_capabilities: true, ..DsaProfile::default() }), 0x1ffe);
+    assert_eq!(commands(DsaProfile { interrupt_handles: true, ..DsaProfile::default() }), 0x7ffe);
+}
+
+#[test]
 fn interrupt_handles_are_given_out_once() {
     let mut rig = Rig::with(DsaProfile { interrupt_handles: true, ..one_engine() });
     let with_interrupt = |handle| Raw::new(0, RECORD | 1 << 4).u16(36, handle);

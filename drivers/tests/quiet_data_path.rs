@@ -1,4 +1,5 @@
-//! Submitting and polling allocate nothing and call the system for nothing, after start.
+//! Submitting and polling allocate nothing and call the system for nothing, after start. Nor does the software device,
+//! which is watched where its engines run on the thread that polls.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, reason = "a test")]
@@ -12,10 +13,14 @@ use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use underpass::accel::{Channel, Config, Done, Job, Op, Source};
+use underpass::accel::{Accelerator, Channel, Config, Done, Job, Op, Source};
 use underpass::dma::DmaBuf;
+use underpass::iommu::soft::{SoftIommu, SoftOptions};
+use underpass::pci::{PciDevice, Run};
 use underpass::{Access, Burst, Region};
 use underpass_drivers::builtin;
+use underpass_drivers::dsa::model::{DsaModel, DsaProfile};
+use underpass_drivers::dsa::{Dsa, WqMode};
 
 /// Counts what this thread allocates.
 struct Counting;
@@ -136,7 +141,8 @@ fn recycle(job: Job, free: &mut Vec<DmaBuf>) {
     }
 }
 
-fn poll(channel: &mut dyn Channel, done: &mut Burst<Done>, free: &mut Vec<DmaBuf>) {
+fn poll(channel: &mut dyn Channel, done: &mut Burst<Done>, free: &mut Vec<DmaBuf>, step: &dyn Fn()) {
+    step();
     channel.poll(done);
     done.drain_all().for_each(|done| recycle(done.job, free));
 }
@@ -148,6 +154,7 @@ fn run(
     shared: &Arc<DmaBuf>,
     jobs: &mut Burst<Job>,
     done: &mut Burst<Done>,
+    step: &dyn Fn(),
 ) {
     let mut turn = 0;
     while channel.counters().values().jobs < JOBS {
@@ -164,15 +171,18 @@ fn run(
         {
             recycle(rejected.job, free);
         }
-        poll(channel, done, free);
+        poll(channel, done, free, step);
     }
     while channel.outstanding() != 0 {
-        poll(channel, done, free);
+        poll(channel, done, free, step);
     }
 }
 
 fn quiet(address: &str) {
-    let mut device = builtin().open(address).unwrap();
+    quiet_jobs(address, &mut *builtin().open(address).unwrap(), |_| {});
+}
+
+fn quiet_jobs<A: Accelerator + ?Sized>(name: &str, device: &mut A, step: fn(&A)) {
     let deadline = Some(Duration::from_secs(60));
     let mut channels =
         device.channels(&Config { depth: 16, batch: BATCH, deadline, ..Config::default() }).unwrap();
@@ -188,9 +198,10 @@ fn quiet(address: &str) {
         .collect();
     let shared = free.pop().unwrap().freeze();
     let (mut jobs, mut done) = (Burst::with_capacity(BATCH), Burst::with_capacity(BATCH - 1));
-    let (allocations, call) = watch(|| run(channel, &mut free, &shared, &mut jobs, &mut done));
-    assert_eq!(allocations, 0, "{address}: allocations and deallocations");
-    assert_eq!(call, None, "{address}: a system call");
+    let (allocations, call) =
+        watch(|| run(channel, &mut free, &shared, &mut jobs, &mut done, &|| step(device)));
+    assert_eq!(allocations, 0, "{name}: allocations and deallocations");
+    assert_eq!(call, None, "{name}: a system call");
     assert_eq!(channel.counters().values().failed, 0);
 }
 
@@ -198,5 +209,20 @@ fn quiet(address: &str) {
 fn the_data_path_is_quiet() {
     for address in ["soft:dsa", "soft:dsa,engines=2", "soft:dsa,mode=shared", "soft:dsa,pasids=0", "cpu"] {
         quiet(address);
+    }
+}
+
+#[test]
+fn the_software_device_is_quiet() {
+    for mode in [WqMode::Dedicated, WqMode::Shared] {
+        for engines in [1, 2] {
+            let model = Box::new(DsaModel::new(DsaProfile { engines, ..DsaProfile::default() }));
+            let iommu = SoftIommu::new(SoftOptions::default());
+            let pci = PciDevice::in_process("soft:dsa", model, &iommu, Run::Stepped).unwrap();
+            let mut dsa = Dsa::open(pci).unwrap().with_mode(mode);
+            quiet_jobs(&format!("{mode:?}, {engines} engines, stepped"), &mut dsa, |dsa| {
+                dsa.device().step();
+            });
+        }
     }
 }

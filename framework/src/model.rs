@@ -1,16 +1,19 @@
 //! What a software device implements: the other side of the registers, doorbells and DMA that a driver uses.
 //!
 //! A [`Model`] is the register side. Its BARs are served under a lock, as slow paths are; doorbell and portal
-//! pages are not: each is a lock-free [`Doorbell`], usually around a bounded queue (crossbeam's `ArrayQueue`: a full one
-//! is a shared queue's "retry"). The work is done by [`Engine`]s, which take what those mailboxes hold, move data
+//! pages are not: each is a lock-free [`Doorbell`], usually around a [`Mailbox`] (a full one is a shared queue's
+//! "retry"). The work is done by [`Engine`]s, which take what those mailboxes hold, move data
 //! through a [`Bus`] of their own, and signal through [`Interrupts`]. An engine runs on a thread of its own, or is
 //! stepped by a test or by the worker.
+
+mod mailbox;
 
 use std::fmt;
 use std::sync::Arc;
 
 pub use underpass_iommu::soft::{Bus, DmaFault};
 
+pub use self::mailbox::{Mailbox, Refused};
 use crate::interrupt::Interrupts;
 use crate::pci::ConfigSpace;
 
@@ -124,6 +127,7 @@ pub trait Model: Send {
 
 /// What does a device's work.
 pub trait Engine: Send {
-    /// Does a bounded piece of work (microseconds: one descriptor, 64 KiB of data) and returns whether there was any.
+    /// Does a bounded piece of work, of some hundred microseconds at most, and returns whether there was any. A reset, a
+    /// command and the thread that steps the engine may have to wait for a step to end.
     fn step(&mut self) -> bool;
 }

@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam::queue::ArrayQueue;
 use underpass::bar::Bar;
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::iommu::{Attachable, Attachment, FaultReason, OwnedPasid};
-use underpass::model::{BarKind, BarSpec, Bus, Doorbell, Engine, Host, Model, Width};
+use underpass::model::{BarKind, BarSpec, Bus, Doorbell, Engine, Host, Mailbox, Model, Width};
 use underpass::pci::{ConfigSpace, PciDevice, Run, cap, ext_cap};
 use underpass::{Access, ErrorKind, Iova, Pasid};
 
@@ -37,20 +36,28 @@ fn descriptor(pasid: u32, src: Iova, dst: Iova, len: u64, record: u64) -> [u8; 6
     bytes
 }
 
-struct Portal(ArrayQueue<[u8; 64]>);
+struct Portal(Mailbox<[u8; 64]>);
+
+impl Portal {
+    fn open(depth: usize) -> Arc<Self> {
+        let portal = Arc::new(Self(Mailbox::new(depth)));
+        portal.0.open();
+        portal
+    }
+}
 
 impl Doorbell for Portal {
     fn post64(&self, offset: u64, data: &[u8; 64]) {
         assert_eq!(offset % 64, 0);
-        let _ = self.0.push(*data);
+        let _ = self.0.accept(DEPTH, *data);
     }
     fn enqueue64(&self, _: u64, data: &[u8; 64]) -> bool {
-        self.0.push(*data).is_ok()
+        self.0.accept(DEPTH, *data).is_ok()
     }
     fn write(&self, offset: u64, width: Width, value: u64) {
         let mut data = [0; 64];
         data[..8].copy_from_slice(&(offset << 32 | width.bytes() << 24 | value).to_le_bytes());
-        let _ = self.0.push(data);
+        let _ = self.0.accept(DEPTH, data);
     }
 }
 
@@ -74,7 +81,7 @@ impl Toy {
     fn new() -> Self {
         Self {
             scratch: 0,
-            portals: std::array::from_fn(|_| Arc::new(Portal(ArrayQueue::new(DEPTH)))),
+            portals: std::array::from_fn(|_| Portal::open(DEPTH)),
             memory: Bar::memory(4096),
             shared: Arc::default(),
         }
@@ -131,7 +138,11 @@ impl Model for Toy {
     }
     fn reset(&mut self) {
         let _no_step = self.shared.stepping.lock().unwrap_or_else(PoisonError::into_inner);
-        self.portals.iter().for_each(|portal| while portal.0.pop().is_some() {});
+        for Portal(mailbox) in self.portals.iter().map(|portal| &**portal) {
+            mailbox.close();
+            mailbox.clear();
+            mailbox.open();
+        }
         self.scratch = 0;
         self.shared.done.store(0, Ordering::Relaxed);
         self.shared.bus_master.store(false, Ordering::Relaxed);
@@ -153,7 +164,7 @@ struct ToyEngine {
 
 impl Engine for ToyEngine {
     fn step(&mut self) -> bool {
-        let Some(data) = self.portal.0.pop() else {
+        let Some(data) = self.portal.0.take() else {
             return false;
         };
         let [pasid, src, dst, len, record] =
@@ -335,7 +346,7 @@ fn each_doorbell_page_has_its_own_target_and_what_is_behind_the_last_has_none() 
     assert_eq!((bar.len(), bar.read64(0), bar.read8(PORTAL + 3)), (4 * PORTAL, u64::MAX, 0xff));
     bar.write32(PORTAL + 0x24, 0x77);
     assert!(portals[0].0.is_empty());
-    let seen = portals[1].0.pop().unwrap();
+    let seen = portals[1].0.take().unwrap();
     assert_eq!(u64::from_le_bytes(seen[..8].try_into().unwrap()), 0x24_0400_0077);
     bar.write64(2 * PORTAL, 1);
     bar.post64(3 * PORTAL, &[1; 64]);
@@ -474,7 +485,7 @@ fn a_model_whose_bars_make_no_sense_is_refused() {
         fn reset(&mut self) {}
     }
     fn doorbells(page: u64) -> BarSpec {
-        let targets = vec![Arc::new(Portal(ArrayQueue::new(1))) as Arc<dyn Doorbell>; 2];
+        let targets = vec![Portal::open(1) as Arc<dyn Doorbell>; 2];
         BarSpec { index: 0, len: 4096, kind: BarKind::Doorbells { page, targets } }
     }
     let iommu = SoftIommu::new(SoftOptions::default());

@@ -59,7 +59,7 @@ pub(super) fn begin(device: &Device, control: &mut Control, cmd: Cmd) {
             control.pending = Some(Pending {
                 command,
                 queues,
-                accepted: device.queues.iter().map(super::queue::WorkQueue::accepted).collect(),
+                accepted: device.queues.iter().map(|queue| queue.entries().accepted()).collect(),
                 engines: Vec::new(),
                 interrupt: cmd.request_interrupt(),
             });
@@ -111,7 +111,7 @@ impl Pending {
     fn is_over(&mut self, device: &Device) -> bool {
         if self.engines.is_empty() {
             let taken = |(wq, queue): (usize, &super::queue::WorkQueue)| {
-                self.queues & 1 << wq == 0 || queue.taken() >= self.accepted[wq]
+                self.queues & 1 << wq == 0 || queue.entries().taken() >= self.accepted[wq]
             };
             if !device.queues.iter().enumerate().all(taken) {
                 return false;

@@ -139,14 +139,7 @@ impl Device {
             // An engine works only while it holds its core.
             core.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
-        // A submission that was accepted before its queue was closed may still be on its way.
-        for queue in &self.queues {
-            while queue.taken() < queue.accepted() {
-                if queue.take().is_none() {
-                    std::hint::spin_loop();
-                }
-            }
-        }
+        self.queues.iter().for_each(|queue| queue.entries().clear());
     }
 
     /// Records a software error: the first is kept, later ones only counted.
@@ -231,7 +224,7 @@ impl Activity {
     const DRAINING: u64 = 2;
     const STATE: u64 = 3;
 
-    /// The engine looks for a descriptor, or has one. Before it takes any: see [`WorkQueue::taken`].
+    /// The engine looks for a descriptor, or has one. Before it takes any: see [`WorkQueue::entries`].
     #[inline]
     pub(super) fn work(&self) {
         self.set(Self::WORKING);

@@ -162,7 +162,7 @@ impl Core {
     /// Works until the budget is used up or there is nothing to do. Returns whether there was anything.
     fn step(&mut self) -> bool {
         if matches!(self.work, Work::Nothing)
-            && self.queues.iter().all(|wq| self.device.queues[*wq].is_empty())
+            && self.queues.iter().all(|wq| self.device.queues[*wq].entries().is_empty())
         {
             // The last step may have used up its budget with its last descriptor.
             self.activity().idle();
@@ -204,8 +204,8 @@ impl Core {
             let queue = &self.device.queues[wq];
             // Asked first: taking from an empty queue costs a fence.
             if self.credit > 0
-                && !queue.is_empty()
-                && let Some(entry) = queue.take()
+                && !queue.entries().is_empty()
+                && let Some(entry) = queue.entries().take()
             {
                 self.credit -= 1;
                 self.begin(wq, &entry);

@@ -14,7 +14,15 @@
 //!   with retry. So does a dedicated queue to a deferrable write.
 //! - PASIDs are enabled in the PASID capability from the start: that register belongs to whoever owns the IOMMU.
 //! - Switching bus mastering off stops the engines where they are; switching it on lets them go on.
-
+//!
+//! The default profile has the numbers of a Sapphire Rapids part, which reads GENCAP as 0x40915f0107. The model's differs
+//! in these bits:
+//! - *Block on fault* (0) is missing: it needs page requests to the IOMMU. Every fault ends its descriptor.
+//! - *Cache control for flushes* (3) is added: a flush that keeps the lines does here what one that drops them does.
+//! - *Interrupt message storage* (30:25, 8 there) is 0: there are the MSI-X vectors. Its portal pages take descriptors,
+//!   as on all parts, but not interrupt handles.
+//! - Bit 38 is 0: it is reserved in the public documents.
+//!
 mod check;
 mod command;
 mod config_space;
@@ -60,7 +68,10 @@ pub struct DsaProfile {
     pub dedicated: bool,
     /// Operations can be switched off for each queue (WQCFGs have 64 bytes then).
     pub op_config: bool,
-    /// Interrupt handles must be requested by command; otherwise a handle is a vector's number.
+    /// CMDCAP says which commands there are. Without it there are the same, except for those of interrupt handles.
+    pub command_capabilities: bool,
+    /// Interrupt handles must be requested by command; otherwise a handle is a vector's number. CMDCAP tells a driver,
+    /// so this comes with `command_capabilities`.
     pub interrupt_handles: bool,
     /// Operations: bit n for opcode n.
     pub operations: u64,
@@ -82,12 +93,13 @@ impl DsaProfile {
         self.wq_entries = self.wq_entries.max(1);
         self.max_transfer_shift = self.max_transfer_shift.min(31);
         self.max_batch_shift = self.max_batch_shift.min(15);
+        self.command_capabilities |= self.interrupt_handles;
         self
     }
 }
 
 impl Default for DsaProfile {
-    /// A Sapphire Rapids part.
+    /// A Sapphire Rapids part, as far as [the model](self) goes.
     fn default() -> Self {
         Self {
             wqs: 8,
@@ -101,6 +113,7 @@ impl Default for DsaProfile {
             shared: true,
             dedicated: true,
             op_config: false,
+            command_capabilities: false,
             interrupt_handles: false,
             operations: spec::Opcode::ALL.iter().fold(0, |bits, opcode| bits | opcode.bit()),
         }

@@ -4,16 +4,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bitfield_struct::bitfield;
-use crossbeam::queue::ArrayQueue;
-use crossbeam::utils::CachePadded;
-use underpass::model::{Doorbell, Width};
+use underpass::model::{Doorbell, Mailbox, Refused, Width};
 use zerocopy::IntoBytes;
 
 use super::device::Device;
 use super::spec::{Descriptor, PORTAL_PAGE, Portal, SubmissionError, SwErr, SwErrBatch};
-
-/// In [`WorkQueue::accepted`]: nothing is accepted.
-const CLOSED: u64 = 1 << 63;
 
 /// What an enabled queue's WQCFG says, in one word.
 #[bitfield(u64)]
@@ -53,12 +48,7 @@ impl Entry {
 /// A work queue as portals and engines see it.
 #[derive(Debug)]
 pub(super) struct WorkQueue {
-    entries: ArrayQueue<Entry>,
-    /// How many descriptors were accepted so far, and [`CLOSED`]. One word, so that none is accepted after the
-    /// queue was closed.
-    accepted: CachePadded<AtomicU64>,
-    /// How many of them engines have taken.
-    taken: CachePadded<AtomicU64>,
+    entries: Mailbox<Entry>,
     /// [`Settings`].
     settings: AtomicU64,
     size: AtomicU32,
@@ -78,9 +68,7 @@ enum Refusal {
 impl WorkQueue {
     pub(super) fn new(capacity: usize) -> Self {
         Self {
-            entries: ArrayQueue::new(capacity),
-            accepted: CachePadded::new(AtomicU64::new(CLOSED)),
-            taken: CachePadded::default(),
+            entries: Mailbox::new(capacity),
             settings: AtomicU64::default(),
             size: AtomicU32::default(),
             threshold: AtomicU32::default(),
@@ -94,13 +82,13 @@ impl WorkQueue {
         self.size.store(size.into(), Ordering::Relaxed);
         self.threshold.store(threshold.into(), Ordering::Relaxed);
         self.operations.store(operations, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `accept`; whoever sees the queue open sees its settings.
-        self.accepted.fetch_and(!CLOSED, Ordering::Release);
+        // Whoever finds the queue open sees its settings.
+        self.entries.open();
     }
 
     /// Stops to accept descriptors; those that it holds stay.
     pub(super) fn close(&self) {
-        self.accepted.fetch_or(CLOSED, Ordering::AcqRel);
+        self.entries.close();
     }
 
     pub(super) fn set_threshold(&self, threshold: u16) {
@@ -117,67 +105,26 @@ impl WorkQueue {
         self.operations.load(Ordering::Relaxed)
     }
 
-    /// Descriptors that were accepted so far.
-    pub(super) fn accepted(&self) -> u64 {
-        self.accepted.load(Ordering::Acquire) & !CLOSED
-    }
-
-    /// Descriptors that engines have taken so far.
-    pub(super) fn taken(&self) -> u64 {
-        // Acquire: pairs with the Release in `take`; whoever sees a descriptor taken sees the engine busy.
-        self.taken.load(Ordering::Acquire)
-    }
-
-    /// Descriptors in the queue.
-    pub(super) fn occupancy(&self) -> u16 {
-        self.accepted().saturating_sub(self.taken()) as u16
-    }
-
+    /// The descriptors that were accepted and not yet taken. Whoever sees a descriptor taken sees the engine busy.
     #[inline]
-    pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// Takes the oldest descriptor.
-    #[inline]
-    pub(super) fn take(&self) -> Option<Entry> {
-        let entry = self.entries.pop()?;
-        self.taken.fetch_add(1, Ordering::Release);
-        Some(entry)
+    pub(super) fn entries(&self) -> &Mailbox<Entry> {
+        &self.entries
     }
 
     /// Accepts a descriptor for a queue of this mode while it holds fewer than `limit` says.
     fn accept(&self, dedicated: bool, limit: &AtomicU32, entry: Entry) -> Result<(), Refusal> {
-        let mut accepted = self.accepted.load(Ordering::Acquire);
-        loop {
-            if accepted & CLOSED != 0 {
-                return Err(Refusal::Closed);
-            }
-            if self.settings().dedicated() != dedicated {
-                return Err(Refusal::WrongMode);
-            }
-            // Read after `accepted`, so that it may be the greater: then the exchange below fails.
-            let held = accepted.saturating_sub(self.taken());
-            if held >= limit.load(Ordering::Relaxed).into() {
-                return Err(Refusal::Full);
-            }
-            match self.accepted.compare_exchange_weak(
-                accepted,
-                accepted + 1,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                Ok(_) => break,
-                Err(now) => accepted = now,
-            }
+        // Before the settings are read: only those of an open queue are in force.
+        if !self.entries.is_open() {
+            return Err(Refusal::Closed);
         }
-        let mut entry = entry;
-        // There is room: `size` is at most the capacity, and a place counts as taken only when it is free again.
-        while let Err(back) = self.entries.push(entry) {
-            entry = back;
-            std::hint::spin_loop();
+        if self.settings().dedicated() != dedicated {
+            return Err(Refusal::WrongMode);
         }
-        Ok(())
+        let limit = limit.load(Ordering::Relaxed) as usize;
+        self.entries.accept(limit, entry).map_err(|refused| match refused {
+            Refused::Closed => Refusal::Closed,
+            Refused::Full => Refusal::Full,
+        })
     }
 }
 

@@ -162,7 +162,7 @@ impl Control {
             reg::INTCAUSE => device.int_cause().into(),
             reg::CMD => self.last_command.into(),
             reg::CMDSTS => self.status.into_bits().into(),
-            reg::CMDCAP => command::supported(profile).into(),
+            reg::CMDCAP if profile.command_capabilities => command::supported(profile).into(),
             reg::SWERR..0xe0 => device.software_error()[((offset - reg::SWERR) / 8) as usize],
             MSIX_PERM..GRPCFG => {
                 let perm = device.msix_perm.get(((offset - MSIX_PERM) / MSIXPERM_STRIDE) as usize);
@@ -197,7 +197,7 @@ impl Control {
             0 => u64::from(config.words[0]) | u64::from(config.words[1]) << 32,
             wqcfg::MODE => u64::from(config.words[2]) | u64::from(config.words[3]) << 32,
             wqcfg::STATUS => WqStatus::new()
-                .with_occupancy(device.queues[wq].occupancy())
+                .with_occupancy(device.queues[wq].entries().occupancy() as u16)
                 .with_mode_support(device.profile.shared && device.profile.dedicated)
                 .with_state(config.state)
                 .into_bits()
@@ -322,7 +322,7 @@ fn gen_cap(profile: &DsaProfile) -> GenCap {
         .with_overlapping_copy(profile.overlapping_copy)
         .with_cache_control_memory(true)
         .with_cache_control_flush(true)
-        .with_command_capabilities(true)
+        .with_command_capabilities(profile.command_capabilities)
         .with_destination_readback(true)
         .with_max_transfer_shift(profile.max_transfer_shift)
         .with_max_batch_shift(profile.max_batch_shift)
