@@ -18,7 +18,9 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// What a command line is refused for after clap took it: exit status 2 instead of 1.
 #[derive(Debug)]
@@ -31,6 +33,9 @@ impl fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
+
+/// Where the warning of missing huge pages comes from.
+const SMALL_PAGES: &str = "underpass_iommu::memory::host";
 
 const EXAMPLES: &str = "\
 Try:
@@ -62,13 +67,14 @@ fn main() -> ExitCode {
         Err(error) => return refused(&error),
     };
     let level = if cli.verbose { LevelFilter::DEBUG } else { LevelFilter::WARN };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    // That huge pages are missing is a short note behind the result, unless more is asked for.
+    let told = filter_fn(move |what| cli.verbose || what.target() != SMALL_PAGES);
+    let lines = tracing_subscriber::fmt::layer()
         .without_time()
         .with_target(false)
         .with_ansi(false)
-        .with_writer(io::stderr)
-        .init();
+        .with_writer(io::stderr);
+    tracing_subscriber::registry().with(lines.with_filter(told)).with(level).init();
 
     let result = match cli.command {
         Some(Command::Demo(args)) => demo::run(&args),
@@ -93,6 +99,11 @@ fn print(text: &str) -> anyhow::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Tells people on standard error what is no part of the result.
+fn note(text: &str) {
+    eprintln!("note: {text}");
 }
 
 /// Shows what clap has to say: help and version as they are, an error in one line.

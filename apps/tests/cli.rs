@@ -16,9 +16,9 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).expect("UTF-8")
 }
 
-/// Standard error without warnings, which are no part of the answer (huge pages that are not reserved).
+/// The lines on standard error.
 fn errors(output: &Output) -> Vec<String> {
-    text(&output.stderr).lines().filter(|line| !line.starts_with(" WARN")).map(str::to_owned).collect()
+    text(&output.stderr).lines().map(str::to_owned).collect()
 }
 
 /// Runs `copy` with `--json`, which must succeed and print one object and nothing else.
@@ -379,6 +379,46 @@ fn ctrl_c_stops_and_still_tells_what_was_done() {
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["jobs"].as_u64() > Some(0), "{report}");
     assert_eq!(report["failed"], 0);
+}
+
+/// Stops the command in the middle of a file.
+#[test]
+fn ctrl_c_in_a_file_writes_nothing_and_tells_what_was_done() {
+    let scratch = Scratch::new("stopped");
+    let output = scratch.path("output");
+    fs::write(&output, b"before").expect("an output");
+    // Endless, so that it can not be over before the signal; killed, it leaves nothing either.
+    for (signal, status) in [("-INT", Some(0)), ("-KILL", None)] {
+        let child = Command::new(env!("CARGO_BIN_EXE_underpass"))
+            .args(["copy", "--json", "--size", "4k", "--input", "/dev/zero", "--output", &output])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command starts");
+        thread::sleep(Duration::from_secs(1));
+        let id = child.id().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().expect("kill").success());
+        let result = child.wait_with_output().expect("its output");
+        assert_eq!(result.status.code(), status, "{}", text(&result.stderr));
+        assert_eq!(fs::read(&output).expect("an output"), b"before");
+        if status.is_some() {
+            assert_eq!(scratch.names(), ["output"]);
+            let report: Value = serde_json::from_slice(&result.stdout).expect("one JSON object");
+            assert_eq!(report["verified"], false);
+            assert_eq!(report["failed"], 0);
+            assert!(report["bytes"].as_u64() > Some(0), "{report}");
+            assert!(report["crc32c"].is_null());
+            assert!(text(&result.stderr).contains("nothing was written"), "{}", text(&result.stderr));
+        }
+    }
+}
+
+#[test]
+fn one_job_a_queue_is_enough() {
+    let report = copy(&["--size", "40M", "--jobs", "1", "--no-verify"]);
+    assert_eq!(report["working_set"], 80 << 20, "{report}");
+    let output = underpass(&["copy", "--size", "40M", "--jobs", "1", "--no-verify"]);
+    assert!(text(&output.stderr).contains("80 MiB"), "the user is told: {}", text(&output.stderr));
 }
 
 #[test]

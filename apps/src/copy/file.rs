@@ -1,9 +1,9 @@
 //! Sends a file through the device, in jobs that copy and compute the CRC32C in one pass.
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -11,6 +11,8 @@ use underpass::accel::{Done, Job, Op, OpKind, Outcome};
 use underpass::dma::DmaBuf;
 use underpass::{Region, Result};
 
+use super::memory;
+use super::output::Output;
 use super::queue::Queue;
 use crate::crc32c;
 use crate::interrupt::Stop;
@@ -29,6 +31,10 @@ pub(crate) struct Sent {
     pub(crate) crc: u32,
     /// Bytes of buffers.
     pub(crate) working_set: u64,
+    /// Pages of 2 MiB that the buffers did not get.
+    pub(crate) small_pages: u64,
+    /// The whole file; false if the user asked to stop before.
+    pub(crate) complete: bool,
 }
 
 /// The input, opened and found to be a file.
@@ -41,83 +47,24 @@ pub(crate) fn open_input(path: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
-/// A file that appears under its name when it is complete, and leaves nothing behind when it never is.
-#[derive(Debug)]
-pub(crate) struct Output {
-    path: PathBuf,
-    temporary: PathBuf,
-    file: Option<File>,
-}
-
-impl Output {
-    pub(crate) fn create(path: &Path) -> anyhow::Result<Self> {
-        let failed = || format!("cannot write {}", path.display());
-        // A link stays a link, and what it points to is replaced.
-        let path = match path.canonicalize() {
-            Ok(path) => path,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
-            Err(error) => return Err(anyhow::Error::new(error).context(failed())),
-        };
-        let existing = fs::metadata(&path).ok();
-        if existing.as_ref().is_some_and(|existing| !existing.is_file()) {
-            return Err(anyhow!("it exists and is not a regular file; name another").context(failed()));
-        }
-        let Some(name) = path.file_name() else {
-            return Err(anyhow!("it is not the name of a file").context(failed()));
-        };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".underpass-{}", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let file = OpenOptions::new().write(true).create_new(true).open(&temporary).with_context(failed)?;
-        let output = Self { path, temporary, file: Some(file) };
-        if let (Some(existing), Some(file)) = (existing, &output.file) {
-            file.set_permissions(existing.permissions()).with_context(failed)?;
-        }
-        Ok(output)
-    }
-
-    fn write(&mut self, data: &[u8]) -> anyhow::Result<()> {
-        if let Some(file) = &mut self.file {
-            file.write_all(data).with_context(|| format!("cannot write {}", self.path.display()))?;
-        }
-        Ok(())
-    }
-
-    /// Gives it its name.
-    pub(crate) fn finish(mut self) -> anyhow::Result<()> {
-        let renamed = fs::rename(&self.temporary, &self.path);
-        renamed.with_context(|| format!("cannot write {}", self.path.display()))?;
-        self.file = None;
-        Ok(())
-    }
-}
-
-impl Drop for Output {
-    fn drop(&mut self) {
-        if self.file.is_some() {
-            // Nothing is left to be told: the failure that led here is.
-            let _ = fs::remove_file(&self.temporary);
-        }
-    }
-}
-
 /// A queue with the buffers that are free.
 #[derive(Debug)]
 struct Line {
     queue: Queue,
     free: Vec<(DmaBuf, DmaBuf)>,
     jobs: u64,
+    small_pages: u64,
 }
 
 impl Line {
     fn new(mut queue: Queue, size: usize, count: usize) -> Result<Self> {
         let region = Region::builder((2 * size * count) as u64).name("underpass-file").build()?;
         queue.map(&region)?;
+        let small_pages = memory::small_pages(&region);
         let mut sources = DmaBuf::new(region)?;
         let destinations = sources.split_off(size * count);
         let free = sources.into_chunks(size).into_iter().zip(destinations.into_chunks(size)).take(count);
-        Ok(Self { queue, free: free.collect(), jobs: 0 })
+        Ok(Self { queue, free: free.collect(), jobs: 0, small_pages })
     }
 }
 
@@ -125,7 +72,7 @@ impl Line {
 /// and its CRC with the CPU's if `verify`.
 ///
 /// # Errors
-/// A file's, the device's, a piece that came out wrong, or that the user asked to stop.
+/// A file's, the device's, or a piece that came out wrong.
 pub(crate) fn send(
     input: &mut File,
     output: &mut Output,
@@ -146,7 +93,10 @@ pub(crate) fn send(
     let began = Instant::now();
     while !end || !window.is_empty() {
         if stop.asked() {
-            bail!("stopped after {bytes} bytes; nothing was written to {}", output.path.display());
+            for line in &mut lines {
+                line.queue.drain(drop, drop)?;
+            }
+            break;
         }
         // Whole batches go round over the queues.
         while !end {
@@ -199,6 +149,8 @@ pub(crate) fn send(
         bytes,
         seconds: began.elapsed().as_secs_f64(),
         crc,
+        small_pages: lines.iter().map(|line| line.small_pages).sum(),
+        complete: end && window.is_empty(),
         working_set: (2 * size * count * lines.len()) as u64,
     })
 }

@@ -7,7 +7,7 @@ use underpass::accel::{Done, Job, JobError, Op, OpKind, Outcome, Source};
 use underpass::dma::DmaBuf;
 use underpass::{Region, Result};
 
-use super::expect::{Contents, PATTERN, SHIFT, Shape};
+use super::expect::{PATTERN, SHIFT, Shape};
 use super::queue::Queue;
 use crate::interrupt::Stop;
 
@@ -20,6 +20,7 @@ pub(crate) struct Lane {
     pub(crate) queue: Queue,
     shape: Shape,
     slots: Vec<Slot>,
+    region: Arc<Region>,
     /// Other lanes have other data.
     seed: u64,
     tally: Tally,
@@ -48,18 +49,30 @@ impl Lane {
         strides(shape).iter().sum()
     }
 
-    /// A lane of `slots` jobs, in a new region that only this queue maps.
-    pub(crate) fn new(mut queue: Queue, shape: Shape, slots: usize, seed: u64) -> Result<Self> {
+    /// A lane of `slots` jobs, in a new region that only this queue maps; `None` as soon as `go_on`, which hears
+    /// of each piece of the buffers that is filled, says to stop.
+    pub(crate) fn new(
+        mut queue: Queue,
+        shape: Shape,
+        slots: usize,
+        seed: u64,
+        go_on: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Option<Self>> {
         let region =
             Region::builder((Self::footprint(&shape) * slots) as u64).name("underpass-copy").build()?;
         queue.map(&region)?;
-        let slots = build(&shape, DmaBuf::new(Arc::clone(&region))?, slots, seed);
-        Ok(Self { queue, shape, slots, seed, tally: Tally::default() })
+        let slots = build(&shape, DmaBuf::new(Arc::clone(&region))?, slots, seed, go_on);
+        Ok(slots.map(|slots| Self { queue, shape, slots, region, seed, tally: Tally::default() }))
     }
 
     /// How many jobs are in the circle.
     pub(crate) fn slots(&self) -> u64 {
         self.slots.len() as u64
+    }
+
+    /// The memory of all its buffers.
+    pub(crate) fn region(&self) -> &Region {
+        &self.region
     }
 
     /// Jobs that failed or found out something wrong.
@@ -129,10 +142,13 @@ impl Lane {
 
     /// Does each job of the circle once more, with outputs made wrong before, and compares every byte of every
     /// buffer with what the CPU computed. Returns how many jobs left something else; what they reported is
-    /// in [`failed`](Self::failed).
+    /// in [`failed`](Self::failed); `None` if asked to stop before the end.
     pub(crate) fn verify(&mut self, stop: &Stop) -> Result<Option<u64>> {
+        let mut go_on = |_| !stop.asked();
         for (index, slot) in self.slots.iter_mut().enumerate() {
-            slot.write(&self.shape.contents(seed_of(self.seed, index)));
+            if slot.write(&self.shape, seed_of(self.seed, index), &mut go_on).is_none() {
+                return Ok(None);
+            }
         }
         let count = self.slots();
         if self.run(0..count, stop)? < count {
@@ -140,8 +156,10 @@ impl Lane {
         }
         let mut wrong = 0;
         for (index, slot) in self.slots.iter_mut().enumerate() {
-            if !slot.holds(&self.shape.contents(seed_of(self.seed, index)).after) {
-                wrong += 1;
+            match slot.holds(&self.shape, seed_of(self.seed, index), &mut go_on) {
+                None => return Ok(None),
+                Some(true) => {}
+                Some(false) => wrong += 1,
             }
         }
         Ok(Some(wrong))
@@ -190,8 +208,15 @@ fn has_spare(kind: OpKind) -> bool {
     )
 }
 
-/// Cuts `memory` into the buffers of `count` jobs: first all first ones, then all second ones, and so on.
-fn build(shape: &Shape, mut memory: DmaBuf, count: usize, seed: u64) -> Vec<Slot> {
+/// Cuts `memory` into the buffers of `count` jobs: first all first ones, then all second ones, and so on. Fills
+/// them, unless `go_on` says to stop.
+fn build(
+    shape: &Shape,
+    mut memory: DmaBuf,
+    count: usize,
+    seed: u64,
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Option<Vec<Slot>> {
     let lens = shape.lens();
     let mut kinds: Vec<_> = strides(shape)
         .into_iter()
@@ -207,13 +232,12 @@ fn build(shape: &Shape, mut memory: DmaBuf, count: usize, seed: u64) -> Vec<Slot
         let bufs: Vec<_> = lens.iter().enumerate().filter_map(|(kind, len)| take(kind, *len)).collect();
         let spare = take(lens.len(), shape.size);
         let Some(op) = op(shape, bufs) else { break };
-        let contents = shape.contents(seed_of(seed, index));
         let job = Some(Job::new(op).tag(index as u64));
-        let mut slot = Slot { job, spare, expected: contents.outcome };
-        slot.write(&contents);
+        let mut slot = Slot { job, spare, expected: Outcome::default() };
+        slot.expected = slot.write(shape, seed_of(seed, index), go_on)?;
         slots.push(slot);
     }
-    slots
+    Some(slots)
 }
 
 /// The operation on these buffers, which [`Shape::lens`] tells; `None` if there are too few.
@@ -247,14 +271,14 @@ fn op(shape: &Shape, bufs: Vec<DmaBuf>) -> Option<Op> {
 }
 
 impl Slot {
-    fn write(&mut self, contents: &Contents) {
-        for (buf, before) in buffers(&mut self.job).zip(&contents.before) {
-            buf.copy_from_slice(before);
-        }
+    /// [`Shape::write`] over the job's buffers.
+    fn write(&mut self, shape: &Shape, seed: u64, go_on: &mut dyn FnMut(usize) -> bool) -> Option<Outcome> {
+        shape.write(seed, buffers(&mut self.job).map(|buf| &mut **buf), go_on)
     }
 
-    fn holds(&mut self, contents: &[Vec<u8>]) -> bool {
-        buffers(&mut self.job).zip(contents).all(|(buf, after)| **buf == **after)
+    /// [`Shape::holds`] over the job's buffers.
+    fn holds(&mut self, shape: &Shape, seed: u64, go_on: &mut dyn FnMut(usize) -> bool) -> Option<bool> {
+        shape.holds(seed, buffers(&mut self.job).map(|buf| &**buf), go_on)
     }
 
     /// Copies a job's bytes of data, in a way that leaves what the job reads as it is.

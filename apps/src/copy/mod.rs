@@ -9,6 +9,8 @@ mod expect;
 mod file;
 mod isolation;
 mod lane;
+mod memory;
+mod output;
 mod queue;
 pub(crate) mod report;
 mod turns;
@@ -25,17 +27,12 @@ pub(crate) use self::args::Args;
 use self::expect::Shape;
 use self::isolation::Isolation;
 use self::lane::Lane;
+use self::output::Output;
 use self::queue::Queue;
 use self::report::Report;
 use self::turns::{Cores, Extent};
+use crate::Usage;
 use crate::interrupt::Stop;
-use crate::{Usage, size};
-
-/// Working set unless one is asked for: beyond the caches of one core.
-const WORKING_SET: u64 = 64 << 20;
-
-/// Jobs that one queue goes round in, at most: each is kept with its buffers.
-const MAX_SLOTS: u64 = 1 << 22;
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -46,6 +43,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     } else {
         crate::print(&format!("{}{}", report::table(std::slice::from_ref(&report)), report.notes()))?;
     }
+    memory::tell_small_pages(report.small_pages);
     judge(&report)
 }
 
@@ -94,30 +92,51 @@ fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report>
     let queues = if args.show_isolation { args.queues.max(2) } else { args.queues };
     let mut opened = device::open(args, &shape, queues)?;
     let isolation = args.show_isolation.then(|| show_isolation(&mut opened)).transpose()?;
-    let slots = slots(args, &shape, queues)?;
+    let slots = memory::slots(args, &shape, queues)?;
 
     let channels = std::mem::take(&mut opened.channels);
     let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(Pasid::get)).collect();
     let mut lanes = Vec::with_capacity(queues);
+    let name = bar.message();
+    bar.set_message(format!("{name}: filling buffers"));
+    let all = (Lane::footprint(&shape) * slots * queues).max(1);
+    let mut filled = 0;
+    let mut go_on = |bytes: usize| {
+        filled += bytes;
+        bar.set_position((filled as f64 / all as f64 * 1000.0) as u64);
+        !stop.asked()
+    };
     for (index, channel) in channels.into_iter().enumerate() {
         let Cores { drivers, memcpy } = &opened.cores;
         let shares_core = queues > drivers.len() || drivers[index % drivers.len()] == *memcpy;
         let queue = Queue::new(channel, opened.device.name(), args.batch, shares_core);
-        lanes.push(Mutex::new(Lane::new(queue, shape, slots, index as u64)?));
+        match Lane::new(queue, shape, slots, index as u64, &mut go_on)? {
+            Some(lane) => lanes.push(Mutex::new(lane)),
+            None => break,
+        }
     }
+    bar.set_message(name);
+    // Stopped before anything was measured: a report of nothing.
+    let ready = lanes.len() == queues;
     let lanes = Arc::new(lanes);
+    let small_pages = lanes.iter().map(|lane: &Mutex<Lane>| {
+        memory::small_pages(lane.lock().unwrap_or_else(PoisonError::into_inner).region())
+    });
+    let small_pages = small_pages.sum();
     let extent = args.jobs.map_or(Extent::Time(args.seconds), Extent::Jobs);
-    let measured =
-        turns::measure(&lanes, &opened.cores, extent, args.batch, shape.bytes() != 0, stop, &mut |done| {
-            bar.set_position((done * 1000.0) as u64);
-        });
+    let mut progress = |done| bar.set_position((done * 1000.0) as u64);
+    let measured = if ready {
+        turns::measure(&lanes, &opened.cores, extent, args.batch, shape.bytes() != 0, stop, &mut progress)
+    } else {
+        Ok(turns::Measured { jobs: vec![0; queues], ..turns::Measured::default() })
+    };
     let measured = measured.inspect_err(|_| device::tell_errors(&mut *opened.device))?;
 
     let mut failed = 0;
-    let mut verified = !args.no_verify;
+    let mut verified = ready && !args.no_verify;
     for lane in lanes.iter() {
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-        if !args.no_verify {
+        if verified {
             match lane.verify(stop)? {
                 Some(wrong) => failed += wrong,
                 None => verified = false,
@@ -143,42 +162,9 @@ fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report>
     report.verified = verified && failed == 0;
     report.failed = failed;
     report.working_set = (Lane::footprint(&shape) * slots * queues) as u64;
+    report.small_pages = small_pages;
     report.isolation = isolation;
     Ok(report)
-}
-
-/// How many jobs each queue goes round in, so that their buffers make up the working set.
-fn slots(args: &Args, shape: &Shape, queues: usize) -> anyhow::Result<usize> {
-    let footprint = Lane::footprint(shape) as u64;
-    if shape.kind == OpKind::Nop {
-        return Ok(args.batch.max(1024));
-    }
-    let of_queue = args.working_set.unwrap_or(WORKING_SET) / queues as u64;
-    // A batch needs a job for each of its members.
-    let least = (args.batch as u64).max(if args.working_set.is_none() { 2 } else { 1 });
-    let slots = match of_queue / footprint {
-        slots if slots >= least => slots,
-        _ if args.working_set.is_none() => least,
-        _ => {
-            let needed = footprint.saturating_mul(least).saturating_mul(queues as u64);
-            return Err(Usage(format!(
-                "--working-set {} is too small for {queues} queues with batches of {} jobs of {}; \
-                 use --working-set {needed} or more",
-                of_queue * queues as u64,
-                args.batch,
-                size::show(args.size),
-            ))
-            .into());
-        }
-    };
-    if slots > MAX_SLOTS {
-        return Err(Usage(format!(
-            "a working set of {slots} jobs a queue is too many (at most {MAX_SLOTS}); use a larger --size or a \
-             smaller --working-set"
-        ))
-        .into());
-    }
-    Ok(slots as usize)
 }
 
 fn show_isolation(opened: &mut device::Opened) -> anyhow::Result<Isolation> {
@@ -201,7 +187,7 @@ fn send_file(
     let mut from = file::open_input(input)?;
     let length = from.metadata().map_or(0, |metadata| metadata.len());
     let mut opened = device::open(args, &shape, args.queues)?;
-    let mut to = file::Output::create(output)?;
+    let mut to = Output::create(output)?;
 
     let channels = std::mem::take(&mut opened.channels);
     let pasids: Vec<_> = channels.iter().map(|channel| channel.pasid().map(Pasid::get)).collect();
@@ -221,13 +207,22 @@ fn send_file(
     )
     .inspect_err(|_| device::tell_errors(&mut *opened.device))
     .with_context(|| format!("cannot send {} through {}", input.display(), args.device))?;
-    to.finish()?;
+    if sent.complete {
+        to.finish()?;
+    } else {
+        crate::note(&format!(
+            "stopped after {} bytes; nothing was written to {}",
+            sent.bytes,
+            output.display()
+        ));
+    }
 
     let by_queue = report::queues(pasids, &sent.jobs);
     let mut report = Report::new(args, &opened, &shape, sent.seconds, by_queue);
     report.set_bytes(sent.bytes);
-    report.verified = !args.no_verify;
+    report.verified = sent.complete && !args.no_verify;
     report.working_set = sent.working_set;
-    report.crc32c = Some(format!("{:08x}", sent.crc));
+    report.small_pages = sent.small_pages;
+    report.crc32c = sent.complete.then(|| format!("{:08x}", sent.crc));
     Ok(report)
 }

@@ -40,6 +40,9 @@ pub(crate) struct Report {
     /// memcpy's speed relative to itself in the same turns: how far the ratio can be trusted.
     pub(crate) memcpy_to_memcpy: Option<f64>,
     pub(crate) turns: usize,
+    /// Pages of 2 MiB that the buffers did not get.
+    #[serde(skip)]
+    pub(crate) small_pages: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) crc32c: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -84,6 +87,7 @@ impl Report {
             working_set: 0,
             memcpy_to_memcpy: None,
             turns: 0,
+            small_pages: 0,
             crc32c: None,
             isolation: None,
         };
