@@ -789,7 +789,7 @@ fn an_interrupt_handle_is_the_one_of_the_last_reset() {
     let profile = DsaProfile { interrupt_handles: true, ..DsaProfile::default() };
     let mut dsa = open_profile(profile, &strings, WqMode::Dedicated).unwrap();
     let mut channels = dsa.channels(&Config { interrupts: true, ..config() }).unwrap();
-    let mut handle_of = |channel: &mut dyn Channel| {
+    let handle_of = |channel: &mut dyn Channel| {
         channel.submit(Job::new(Op::Nop)).unwrap();
         strings.take().interrupt_handle
     };
