@@ -609,8 +609,8 @@ fn a_deadline_does_not_depend_on_how_often_one_polls() {
         thread::sleep(Duration::from_millis(5));
     }
     assert!(begun.elapsed() >= deadline);
-    // Counted in polls, because a busy machine sleeps for longer than it was asked to: 60 ms at the most.
-    assert!(polls <= 12, "{polls} polls, 5 ms apart, until the deadline of {deadline:?} was noticed");
+    // Counted in polls, because a busy machine sleeps for longer than it was asked to.
+    assert!(polls <= 6, "{polls} polls, 5 ms apart, until the deadline of {deadline:?} was noticed");
 }
 
 #[test]

@@ -11,11 +11,11 @@ mod reference;
 mod rig;
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use underpass::accel::{Accelerator, Config, Done, Job, JobError, Op, OpKind, Reason, State};
+use underpass::accel::{Accelerator, Channel, Config, Done, Job, JobError, Op, OpKind, Reason, State};
 use underpass::dma::DmaBuf;
 use underpass::iommu::FaultReason;
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
@@ -170,8 +170,12 @@ const DEADLINE: Duration = Duration::from_millis(20);
 const SOON: Duration = Duration::from_secs(2);
 
 fn open(strings: &Strings, mode: WqMode) -> Result<Dsa> {
+    open_profile(DsaProfile { engines: 2, ..DsaProfile::default() }, strings, mode)
+}
+
+fn open_profile(profile: DsaProfile, strings: &Strings, mode: WqMode) -> Result<Dsa> {
     let iommu = SoftIommu::new(SoftOptions { check_leases: true, ..SoftOptions::default() });
-    let model = DsaModel::new(DsaProfile { engines: 2, ..DsaProfile::default() });
+    let model = DsaModel::new(profile);
     let liar = Box::new(Liar { model, strings: strings.clone() });
     let device = PciDevice::in_process("soft:liar,check=leases", liar, &iommu, Run::Stepped)?;
     Ok(Dsa::open(device)?.with_mode(mode))
@@ -769,6 +773,34 @@ fn a_command_that_never_ends(begin_at: fn(&Strings) -> Result<()>) {
 
 fn stuck(strings: &Strings) {
     strings.lie_in_registers(|offset, honest| if offset == reg::CMDSTS { honest | 1 << 31 } else { honest });
+}
+
+#[test]
+fn an_interrupt_handle_is_the_one_of_the_last_reset() {
+    let strings = Strings::default();
+    let (handle, halted) = (Arc::new(AtomicU64::new(0x77)), Arc::new(AtomicBool::new(false)));
+    let (given, halts) = (Arc::clone(&handle), Arc::clone(&halted));
+    // The only command with a result is the one that asks for a handle.
+    strings.lie_in_registers(move |offset, honest| match offset {
+        reg::CMDSTS if honest >> 8 & 0xffff != 0 => honest & 0xff | given.load(Ordering::Relaxed) << 8,
+        reg::GENSTS if halts.swap(false, Ordering::Relaxed) => 3,
+        _ => honest,
+    });
+    let profile = DsaProfile { interrupt_handles: true, ..DsaProfile::default() };
+    let mut dsa = open_profile(profile, &strings, WqMode::Dedicated).unwrap();
+    let mut channels = dsa.channels(&Config { interrupts: true, ..config() }).unwrap();
+    let handle_of = |channel: &mut dyn Channel| {
+        channel.submit(Job::new(Op::Nop)).unwrap();
+        strings.take().interrupt_handle
+    };
+    let mut done = Burst::with_capacity(4);
+    assert_eq!(handle_of(&mut *channels[0]), 0x77);
+    handle.store(0x1234, Ordering::Relaxed);
+    assert_eq!(channels[0].reset(&mut done).unwrap(), 0);
+    assert_eq!(handle_of(&mut *channels[0]), 0x77, "a reset of the queue takes none back");
+    halted.store(true, Ordering::Relaxed);
+    assert_eq!(channels[0].reset(&mut done).unwrap(), 0);
+    assert_eq!(handle_of(&mut *channels[0]), 0x1234);
 }
 
 /// The driver waits seconds for a command here and there: all of these at the same time.
