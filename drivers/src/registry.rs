@@ -95,7 +95,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
             worker::check_core(core).map_err(|error| error.device(address.text.to_owned()))?;
             vec![core]
         }
-        None => Vec::new(),
+        None => address.core.into_iter().collect(),
     };
     let iommu = SoftIommu::new(options);
     let model = Box::new(DsaModel::new(profile));
@@ -109,10 +109,11 @@ pub struct Address<'a> {
     text: &'a str,
     name: &'a str,
     options: Vec<(&'a str, &'a str)>,
+    core: Option<usize>,
 }
 
 impl<'a> Address<'a> {
-    fn parse(text: &'a str) -> Result<Self> {
+    fn parse(text: &'a str, core: Option<usize>) -> Result<Self> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
         let options = parts
@@ -122,12 +123,17 @@ impl<'a> Address<'a> {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { text, name, options })
+        Ok(Self { text, name, options, core })
     }
 
     /// The whole address, as the user gave it.
     pub fn text(&self) -> &'a str {
         self.text
+    }
+
+    /// The core that a software device's threads are to run on unless an option names another.
+    pub fn core(&self) -> Option<usize> {
+        self.core
     }
 
     /// The value of an option, if it was given.
@@ -229,7 +235,13 @@ impl Registry {
     /// [`ErrorKind::InvalidInput`] for an address, option or value that is not known (the message lists those that
     /// are); [`ErrorKind::NotFound`] for a core that does not exist; what opening the device gives.
     pub fn open(&self, address: &str) -> Result<Box<dyn Accelerator>> {
-        let address = Address::parse(address)?;
+        self.open_on(address, None)
+    }
+
+    /// [`open`](Self::open), with a `core` for a software device's threads where the address names none. The device
+    /// keeps the name that the user gave it.
+    pub fn open_on(&self, address: &str, core: Option<usize>) -> Result<Box<dyn Accelerator>> {
+        let address = Address::parse(address, core)?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
             address.check_options(scheme)?;
             return (scheme.open)(&address);

@@ -99,7 +99,10 @@ fn a_panic_is_reported_with_name_and_message_and_frees_what_the_body_owned() {
     .unwrap();
     let error = worker.join().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Gone);
-    assert_eq!(error.to_string(), "cannot run worker rx7: it panicked: descriptor 5 is bad; start another; the panic is a bug in what it ran");
+    assert_eq!(
+        error.to_string(),
+        "cannot run worker rx7: it panicked: descriptor 5 is bad; start another; the panic is a bug in what it ran"
+    );
     assert_eq!(Arc::strong_count(&owned), 1);
 }
 
