@@ -14,10 +14,11 @@ mod size;
 
 use std::fmt;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use clap::error::{ContextKind, ErrorKind};
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches as _, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -37,16 +38,43 @@ impl std::error::Error for Usage {}
 /// Where the warning of missing huge pages comes from.
 const SMALL_PAGES: &str = "underpass_iommu::memory::host";
 
-const EXAMPLES: &str = "\
+/// What the first screen ends with.
+fn examples() -> String {
+    let command = command_name();
+    format!(
+        "\
 Try:
-  underpass demo                                  what it does, on a software device, in a few seconds
-  underpass copy --op crc --size 1M --queues 2    one job on two queues, each with its own PASID
+  {command} demo                                  what it does, on a software device, in a few seconds
+  {command} copy --op crc --size 1M --queues 2    one job on two queues, each with its own PASID
 
-`underpass COMMAND --help` lists a command's options.";
+`{command} COMMAND --help` lists a command's options.
+{STATUS}"
+    )
+}
+
+/// Ends each help text.
+const STATUS: &str = "Exit status: 0 done, 1 it failed, 2 wrong usage.";
+
+/// How the user can start this program again: as it was started, or by cargo where cargo built it.
+fn command_name() -> String {
+    typed(&std::env::args().next().unwrap_or_default())
+}
+
+fn typed(program: &str) -> String {
+    let mut folders = Path::new(program).components().rev().skip(1);
+    match (folders.next(), folders.next()) {
+        (Some(profile), Some(target)) if target.as_os_str() == "target" => {
+            if profile.as_os_str() == "release" { "cargo run --release --" } else { "cargo run --" }
+                .to_owned()
+        }
+        _ if program.is_empty() => "underpass".to_owned(),
+        _ => program.to_owned(),
+    }
+}
 
 /// Drives accelerators from user space: one kernel-owned address space and one PASID for each queue.
 #[derive(Debug, Parser)]
-#[command(name = "underpass", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(name = "underpass", version, disable_help_subcommand = true)]
 struct Cli {
     /// Say more on standard error
     #[arg(short, long, global = true)]
@@ -62,7 +90,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().after_help(examples()).mut_subcommands(|known| known.after_help(STATUS));
+    let parsed = command.clone().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return refused(&error),
     };
@@ -79,7 +109,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Copy(args)) => copy::run(&args),
-        None => print(&Cli::command().render_help().to_string()),
+        None => print(&{ command }.render_help().to_string()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -114,30 +144,62 @@ fn refused(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let text = error.render().to_string();
-    let what: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
-        .filter(|line| !line.is_empty())
-        .collect();
-    let what = what.join(" ");
-    let what = what.strip_prefix("error: ").unwrap_or(&what);
-    let help = match (error.kind(), error.get(ContextKind::InvalidSubcommand)) {
-        (ErrorKind::InvalidSubcommand, _) | (_, Some(_)) => "underpass --help",
-        _ => match std::env::args().nth(1).as_deref() {
-            Some("copy") => "underpass copy --help",
-            Some("demo") => "underpass demo --help",
-            _ => "underpass --help",
-        },
+    let help = match (error.kind(), std::env::args().nth(1).as_deref()) {
+        (ErrorKind::InvalidSubcommand, _) => "--help",
+        (_, Some("copy")) => "copy --help",
+        (_, Some("demo")) => "demo --help",
+        _ => "--help",
     };
-    eprintln!("underpass: {what}; try: {help}");
+    eprintln!("underpass: {}; try: {} {help}", in_one_line(&error.render().to_string()), command_name());
     ExitCode::from(2)
+}
+
+/// clap's paragraphs, without the usage at their end, as one line. Lists that stand indented belong to what is
+/// before them.
+fn in_one_line(text: &str) -> String {
+    let lines = text
+        .lines()
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.trim().is_empty());
+    let mut joined = String::new();
+    for line in lines {
+        let part = line.trim();
+        if !joined.is_empty() {
+            let is_new = part.starts_with("tip:") || part.starts_with('[');
+            joined.push_str(if is_new { "; " } else { " " });
+        }
+        joined.push_str(part);
+    }
+    joined.strip_prefix("error: ").map(str::to_owned).unwrap_or(joined)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn claps_paragraphs_become_one_line() {
+        let error = Cli::try_parse_from(["underpass", "dmo"]).expect_err("there is no such command");
+        let line = in_one_line(&error.render().to_string());
+        assert_eq!(line, "unrecognized subcommand 'dmo'; tip: a similar subcommand exists: 'demo'");
+        let error =
+            Cli::try_parse_from(["underpass", "copy", "--op", "move"]).expect_err("no such operation");
+        let line = in_one_line(&error.render().to_string());
+        assert!(line.contains("'--op <OP>'; [possible values: nop, copy,"), "{line}");
+    }
+
+    #[test]
+    fn it_can_be_started_again_as_it_was() {
+        for (program, command) in [
+            ("underpass", "underpass"),
+            ("./underpass", "./underpass"),
+            ("target/release/underpass", "cargo run --release --"),
+            ("/home/user/underpass/target/debug/underpass", "cargo run --"),
+            ("", "underpass"),
+        ] {
+            assert_eq!(typed(program), command, "{program}");
+        }
+    }
 
     #[test]
     fn clap_finds_no_fault_with_the_options() {

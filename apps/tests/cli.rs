@@ -103,10 +103,20 @@ fn bad_input_is_one_line_and_the_right_status() {
         ("--queues 0", 2, "at least 1"),
         ("--depth 0", 2, "at least 1"),
         ("--batch 0", 2, "at least 1"),
-        ("--jobs 0", 2, "--jobs"),
+        ("--jobs 0", 2, "at least 1"),
+        ("--jobs 1e9", 2, "whole number"),
+        ("--jobs 99999999999999999999", 2, "too large"),
         ("--jobs 5 --seconds 1", 2, "--seconds"),
         ("--seconds 0", 2, "more than 0"),
         ("--seconds soon", 2, "number of seconds"),
+        ("--seconds nan", 2, "number of seconds"),
+        ("--seconds inf", 2, "too long"),
+        ("--seconds=-1", 2, "more than 0"),
+        ("--size 16777216T", 2, "64 bits"),
+        ("--size 8388608T", 2, "address space"),
+        ("--device nvme", 2, "soft:dsa"),
+        ("--device soft:dsa,colour=red", 2, "engines"),
+        ("--device soft:dsa,engines=none", 2, "engines"),
         ("--working-set 64k --size 64k", 2, "--working-set"),
         ("--working-set 1G --size 1", 2, "--size"),
         ("--working-set 1M --size 4k --batch 512", 2, "--working-set"),
@@ -118,11 +128,6 @@ fn bad_input_is_one_line_and_the_right_status() {
         ("--input a --output b --op fill", 2, "--op"),
         // What the device or the machine can not do.
         ("--size 3G", 1, "2 GiB"),
-        ("--size 16777216T", 2, "64 bits"),
-        ("--size 8388608T", 1, "2 GiB"),
-        ("--device nvme", 1, "soft:dsa"),
-        ("--device soft:dsa,colour=red", 1, "engines"),
-        ("--device soft:dsa,engines=none", 1, "engines"),
         ("--queues 9", 1, "8"),
         ("--queues 1000000000", 1, "8"),
         ("--device soft:dsa,wqs=1 --queues 2", 1, "--queues 1"),
@@ -316,7 +321,7 @@ fn a_file_that_can_not_be_sent_leaves_nothing_behind() {
         (&input, &nowhere, &[]),
         (&input, &"/dev/null".to_owned(), &[]),
         (&input, &output, &["--size", "3G"]),
-        (&input, &output, &["--device", "nvme"]),
+        (&input, &output, &["--device", "soft:dsa,wqs=1", "--queues", "2"]),
     ] {
         let args = [&["copy", "--json", "--input", from, "--output", to], options].concat();
         let result = underpass(&args);
@@ -351,6 +356,7 @@ fn one_queue_can_not_reach_the_others_memory() {
     assert_eq!(isolation["owner_pasid"], *owner);
     assert_eq!(isolation["fault"]["pasid"], *intruder);
     assert_eq!(isolation["fault"]["access"], "read");
+    assert_eq!(isolation["fault"]["device"], report["device"]);
     assert_eq!(isolation["fault"]["iova"], isolation["iova"]);
     assert_eq!(report["verified"], true, "both queues still work: {report}");
 }

@@ -90,7 +90,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
     if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
         options.max_pasids = pasids;
     }
-    let cores = address.core("core")?.map_or(Vec::new(), |core| vec![core]);
+    let cores = address.core()?.into_iter().collect();
     let iommu = SoftIommu::new(options);
     let model = Box::new(DsaModel::new(profile));
     let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
@@ -103,10 +103,11 @@ pub struct Address<'a> {
     text: &'a str,
     name: &'a str,
     options: Vec<(&'a str, &'a str)>,
+    core: Option<usize>,
 }
 
 impl<'a> Address<'a> {
-    fn parse(text: &'a str) -> Result<Self> {
+    fn parse(text: &'a str, core: Option<usize>) -> Result<Self> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
         let options = parts
@@ -116,7 +117,7 @@ impl<'a> Address<'a> {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { text, name, options })
+        Ok(Self { text, name, options, core })
     }
 
     /// The whole address, as the user gave it.
@@ -145,17 +146,17 @@ impl<'a> Address<'a> {
         }
     }
 
-    /// The value of an option that is a core.
+    /// The core that a software device's threads are to run on: that of the option `core`, else the opener's.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if it is not a number; [`ErrorKind::NotFound`] for a core that this process does not
     /// have. The mend lists those that it has.
-    pub fn core(&self, name: &str) -> Result<Option<usize>> {
-        let Some(value) = self.option(name) else { return Ok(None) };
+    pub fn core(&self) -> Result<Option<usize>> {
+        let Some(value) = self.option("core") else { return Ok(self.core) };
         let Ok(core) = value.parse() else {
             let cores: Vec<_> = worker::cores().iter().map(ToString::to_string).collect();
-            return Err(invalid(self.text, format!("{name}={value} is not a core"))
-                .mend(format!("{name} can be: {}", cores.join(", "))));
+            return Err(invalid(self.text, format!("core={value} is not a core"))
+                .mend(format!("core can be: {}", cores.join(", "))));
         };
         worker::check_core(core).map_err(|error| error.device(self.text.to_owned()))?;
         Ok(Some(core))
@@ -241,7 +242,13 @@ impl Registry {
     /// [`ErrorKind::InvalidInput`] for an address, option or value that is not known (the message lists those that
     /// are); [`ErrorKind::NotFound`] for a core that does not exist; what opening the device gives.
     pub fn open(&self, address: &str) -> Result<Box<dyn Accelerator>> {
-        let address = Address::parse(address)?;
+        self.open_on(address, None)
+    }
+
+    /// [`open`](Self::open), with a `core` for a software device's threads where the address names none. The device
+    /// keeps the name that the user gave it.
+    pub fn open_on(&self, address: &str, core: Option<usize>) -> Result<Box<dyn Accelerator>> {
+        let address = Address::parse(address, core)?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
             address.check_options(scheme)?;
             return (scheme.open)(&address);

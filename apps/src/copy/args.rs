@@ -1,6 +1,8 @@
 //! The options of `underpass copy`.
 
+use std::num::{IntErrorKind, ParseIntError};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -39,16 +41,16 @@ pub(crate) struct Args {
     #[arg(long, default_value = "copy", value_parser = op_parser(), hide_possible_values = false)]
     pub(crate) op: OpKind,
     /// Bytes of data in a job: 4096, 4k, 64KiB, 1M
-    #[arg(long, default_value = "64KiB", value_parser = size::parse_nonzero)]
+    #[arg(long, default_value = "64KiB", value_parser = job_size)]
     pub(crate) size: u64,
     /// Jobs submitted at a time; 1 is no batches
-    #[arg(long, default_value_t = 1, value_parser = positive)]
+    #[arg(long, default_value_t = 1, value_parser = positive::<usize>)]
     pub(crate) batch: usize,
     /// Submissions outstanding at a time in each queue; the driver's choice unless given
-    #[arg(long, value_parser = positive)]
+    #[arg(long, value_parser = positive::<usize>)]
     pub(crate) depth: Option<usize>,
     /// Queues, each with a thread, an address space and memory of its own
-    #[arg(long, default_value_t = 1, value_parser = positive)]
+    #[arg(long, default_value_t = 1, value_parser = positive::<usize>)]
     pub(crate) queues: usize,
     /// Bytes of all buffers of all queues together, sources and destinations [default: 64 MiB]
     #[arg(long, value_parser = size::parse_nonzero)]
@@ -57,7 +59,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "2", value_parser = seconds)]
     pub(crate) seconds: Duration,
     /// Do so many jobs instead
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "seconds")]
+    #[arg(long, value_parser = positive::<u64>, conflicts_with = "seconds")]
     pub(crate) jobs: Option<u64>,
     /// Check all buffers against the CPU's own computation, after the run (the default)
     #[arg(long, overrides_with = "no_verify")]
@@ -99,18 +101,31 @@ fn block_parser() -> impl TypedValueParser<Value = DifBlock> {
     })
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+fn positive<N: FromStr<Err = ParseIntError> + Default + PartialEq>(text: &str) -> Result<N, String> {
     match text.parse() {
-        Ok(0) => Err("it must be at least 1".into()),
+        Ok(number) if number == N::default() => Err("it must be at least 1".into()),
         Ok(number) => Ok(number),
-        Err(error) => Err(error.to_string()),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Err("that is too large".into()),
+        Err(_) => Err("it is a whole number".into()),
+    }
+}
+
+/// A job's bytes: no more than an address space could ever hold, so that sums of a few do not overflow.
+fn job_size(text: &str) -> Result<u64, String> {
+    match size::parse_nonzero(text)? {
+        bytes if bytes >> 48 != 0 => Err("that is more than an address space holds".into()),
+        bytes => Ok(bytes),
     }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "it is a number of seconds: 2 or 0.5".to_owned())?;
     match Duration::try_from_secs_f64(seconds) {
+        _ if seconds.is_nan() => Err("it is a number of seconds: 2 or 0.5".into()),
         Ok(time) if !time.is_zero() => Ok(time),
+        Err(_) if seconds > 0.0 => {
+            Err("that is too long; leave it out or name a number of seconds: 60".into())
+        }
         _ => Err("it must be more than 0".into()),
     }
 }

@@ -7,7 +7,7 @@ use underpass::{Error, ErrorKind, worker};
 use super::args::{Args, OPS};
 use super::expect::Shape;
 use super::turns::Cores;
-use crate::size;
+use crate::{Usage, size};
 
 /// The device with its channels set up.
 pub(crate) struct Opened {
@@ -20,8 +20,12 @@ pub(crate) struct Opened {
 
 /// Opens the device for `queues` queues, if it can do jobs of `shape`.
 pub(crate) fn open(args: &Args, shape: &Shape, queues: usize) -> anyhow::Result<Opened> {
-    let (address, cores) = place(&args.device, &args.core)?;
-    let mut device = underpass_drivers::builtin().open(&address)?;
+    let (engine, cores) = place(&args.device, &args.core)?;
+    let mut device =
+        underpass_drivers::builtin().open_on(&args.device, engine).map_err(|error| match error.kind() {
+            ErrorKind::InvalidInput => Usage(error.to_string()).into(),
+            _ => anyhow::Error::new(error),
+        })?;
     check(&*device, args.batch, shape, queues).map_err(|error| error.device(args.device.clone()))?;
     let depth = args.depth.unwrap_or(0);
     let config = Config { channels: queues, depth, batch: args.batch, ..Config::default() };
@@ -59,22 +63,18 @@ fn check(device: &dyn Accelerator, batch: usize, shape: &Shape, queues: usize) -
     Ok(())
 }
 
-/// The device's address and who runs on which core: a software device's engine and memcpy on the last one,
-/// the drivers on the others. Where the engine is no thread of this machine, memcpy runs where the driver does.
-fn place(device: &str, asked: &[usize]) -> anyhow::Result<(String, Cores)> {
+/// The core for the device's engine and who runs on which core: a software device's engine and memcpy on the last
+/// one, unless the address names another; the drivers on the others. Where the engine is no thread of this machine, memcpy runs where the driver does.
+fn place(device: &str, asked: &[usize]) -> anyhow::Result<(Option<usize>, Cores)> {
     for core in asked {
         worker::check_core(*core)?;
     }
     let all = worker::cores();
     let Some(last) = all.last() else { bail!("cannot find out which cores this process may use") };
-    let mut address = device.to_owned();
     let mut engine = None;
     if device.split(',').next() == Some("soft:dsa") {
         let given = device.split(',').find_map(|option| option.strip_prefix("core="));
         engine = Some(given.and_then(|core| core.parse().ok()).unwrap_or(*last));
-        if given.is_none() {
-            address = format!("{device},core={last}");
-        }
     }
     let mut drivers = asked.to_vec();
     if drivers.is_empty() {
@@ -84,7 +84,19 @@ fn place(device: &str, asked: &[usize]) -> anyhow::Result<(String, Cores)> {
         drivers.push(*last);
     }
     let memcpy = engine.unwrap_or(drivers[0]);
-    Ok((address, Cores { drivers, memcpy }))
+    Ok((engine, Cores { drivers, memcpy }))
+}
+
+/// What went wrong, where all that is known from outside is that the device stopped: what the device itself says
+/// of it, if it does.
+pub(crate) fn cause(device: &mut dyn Accelerator, error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        tell_errors(device);
+        return error;
+    }
+    let told = device.next_error();
+    tell_errors(device);
+    told.unwrap_or(error)
 }
 
 /// What the device and the IOMMU have to say, as warnings.

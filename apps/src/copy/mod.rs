@@ -27,6 +27,7 @@ pub(crate) use self::args::Args;
 use self::expect::Shape;
 use self::isolation::Isolation;
 use self::lane::Lane;
+pub(crate) use self::memory::tell_small_pages;
 use self::output::Output;
 use self::queue::Queue;
 use self::report::Report;
@@ -43,7 +44,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     } else {
         crate::print(&format!("{}{}", report::table(std::slice::from_ref(&report)), report.notes()))?;
     }
-    memory::tell_small_pages(report.small_pages);
+    tell_small_pages(report.small_pages);
     judge(&report)
 }
 
@@ -83,8 +84,7 @@ pub(crate) fn measure(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Re
 
 /// Runs jobs over the same buffers again and again.
 fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report> {
-    let bytes = usize::try_from(args.size).unwrap_or(usize::MAX).min(usize::MAX >> 8);
-    let shape = Shape { kind: args.op, size: bytes, block: args.dif_block };
+    let shape = Shape { kind: args.op, size: args.size as usize, block: args.dif_block };
     if let Some(why) = shape.wrong_size() {
         return Err(Usage(format!("--size {} does not suit: {why}", args.size)).into());
     }
@@ -130,14 +130,14 @@ fn repeat(args: &Args, stop: &Stop, bar: &ProgressBar) -> anyhow::Result<Report>
     } else {
         Ok(turns::Measured { jobs: vec![0; queues], ..turns::Measured::default() })
     };
-    let measured = measured.inspect_err(|_| device::tell_errors(&mut *opened.device))?;
+    let measured = measured.map_err(|error| device::cause(&mut *opened.device, error))?;
 
     let mut failed = 0;
     let mut verified = ready && !args.no_verify;
     for lane in lanes.iter() {
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
         if verified {
-            match lane.verify(stop)? {
+            match lane.verify(stop).map_err(|error| device::cause(&mut *opened.device, error))? {
                 Some(wrong) => failed += wrong,
                 None => verified = false,
             }
@@ -182,8 +182,7 @@ fn send_file(
     stop: &Stop,
     bar: &ProgressBar,
 ) -> anyhow::Result<Report> {
-    let bytes = usize::try_from(args.size).unwrap_or(usize::MAX).min(usize::MAX >> 8);
-    let shape = Shape { kind: OpKind::CopyCrc, size: bytes, block: args.dif_block };
+    let shape = Shape { kind: OpKind::CopyCrc, size: args.size as usize, block: args.dif_block };
     let mut from = file::open_input(input)?;
     let length = from.metadata().map_or(0, |metadata| metadata.len());
     let mut opened = device::open(args, &shape, args.queues)?;
@@ -205,7 +204,13 @@ fn send_file(
         stop,
         &mut |done| bar.set_position((done * 1000).checked_div(length).unwrap_or(1000)),
     )
-    .inspect_err(|_| device::tell_errors(&mut *opened.device))
+    .map_err(|error| match error.downcast() {
+        Ok(error) => device::cause(&mut *opened.device, error).into(),
+        Err(error) => {
+            device::tell_errors(&mut *opened.device);
+            error
+        }
+    })
     .with_context(|| format!("cannot send {} through {}", input.display(), args.device))?;
     if sent.complete {
         to.finish()?;

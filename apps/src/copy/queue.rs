@@ -107,7 +107,7 @@ impl Queue {
         Err(Error::new(
             ErrorKind::Timeout,
             "finish the jobs",
-            "the device did not answer before the deadline, and its queue was reset",
+            "the device stopped or missed a job's deadline, and its queue was reset",
         )
         .device(self.device.clone())
         .mend("run it again with -v; if it stays so, reset the device"))

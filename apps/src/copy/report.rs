@@ -7,6 +7,7 @@ use super::args::Args;
 use super::device::Opened;
 use super::expect::Shape;
 use super::isolation::Isolation;
+use super::turns::MIN_TURNS;
 use crate::size;
 
 /// A run's result. The keys up to `queues` are relied on by others: more may be added, none renamed.
@@ -27,7 +28,7 @@ pub(crate) struct Report {
     pub(crate) jobs_per_second: f64,
     /// `None` where there is nothing to compare with.
     pub(crate) memcpy_gib_per_second: Option<f64>,
-    /// `None` if the run was too noisy.
+    /// `None` if the run was too short or too noisy.
     pub(crate) ratio_to_memcpy: Option<f64>,
     /// A check of all buffers ran and passed.
     pub(crate) verified: bool,
@@ -40,6 +41,9 @@ pub(crate) struct Report {
     /// memcpy's speed relative to itself in the same turns: how far the ratio can be trusted.
     pub(crate) memcpy_to_memcpy: Option<f64>,
     pub(crate) turns: usize,
+    /// `--jobs` decided how long the run was, not `--seconds`.
+    #[serde(skip)]
+    pub(crate) by_jobs: bool,
     /// Pages of 2 MiB that the buffers did not get.
     #[serde(skip)]
     pub(crate) small_pages: u64,
@@ -87,6 +91,7 @@ impl Report {
             working_set: 0,
             memcpy_to_memcpy: None,
             turns: 0,
+            by_jobs: args.jobs.is_some(),
             small_pages: 0,
             crc32c: None,
             isolation: None,
@@ -104,9 +109,30 @@ impl Report {
     fn ratio(&self) -> String {
         match (self.ratio_to_memcpy, self.memcpy_to_memcpy) {
             (Some(ratio), _) => format!("{ratio:.2}"),
+            (None, Some(_)) if self.turns < MIN_TURNS => "too short".to_owned(),
             (None, Some(_)) => "too noisy".to_owned(),
             (None, None) => "-".to_owned(),
         }
+    }
+
+    /// Why there is no ratio, and what helps.
+    fn no_ratio(&self) -> Option<String> {
+        let spread = self.memcpy_to_memcpy.filter(|_| self.ratio_to_memcpy.is_none())?;
+        let row = format!("{} {}", self.op, size::show(self.bytes_per_job));
+        let more = if self.by_jobs { "--jobs" } else { "--seconds" };
+        Some(if self.turns < MIN_TURNS {
+            format!(
+                "{row}: no ratio from {} turns with memcpy, it takes {MIN_TURNS}; let it run to its end, or use more \
+                 {more}.\n",
+                self.turns
+            )
+        } else {
+            format!(
+                "{row}: too noisy for a ratio: memcpy against itself gave {spread:.2} over {} turns; use more {more}, \
+                 or a quieter machine.\n",
+                self.turns
+            )
+        })
     }
 
     fn pasids(&self) -> String {
@@ -128,14 +154,7 @@ impl Report {
         if let Some(crc) = &self.crc32c {
             notes.push(format!("CRC32C: {crc} ({} bytes)\n", self.bytes));
         }
-        if self.ratio_to_memcpy.is_none()
-            && let Some(spread) = self.memcpy_to_memcpy
-        {
-            notes.push(format!(
-                "Too noisy for a ratio: memcpy against itself gave {spread:.2} over {} turns; let it run longer.\n",
-                self.turns
-            ));
-        }
+        notes.extend(self.no_ratio());
         if let Some(isolation) = &self.isolation {
             notes.push(format!("{isolation}\n"));
         }
@@ -182,4 +201,48 @@ pub(crate) fn table(reports: &[Report]) -> String {
     }
     let lines = table.lines().map(|line| line.trim_end().to_owned() + "\n");
     lines.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(turns: usize, memcpy_to_memcpy: f64) -> Report {
+        Report {
+            device: "soft:dsa".to_owned(),
+            op: "copy",
+            bytes_per_job: 4096,
+            batch: 1,
+            depth: 1,
+            jobs: 1,
+            bytes: 4096,
+            seconds: 1.0,
+            gib_per_second: 1.0,
+            jobs_per_second: 1.0,
+            memcpy_gib_per_second: Some(1.0),
+            ratio_to_memcpy: None,
+            verified: true,
+            failed: 0,
+            queues: vec![],
+            driver: "dsa",
+            working_set: 8192,
+            memcpy_to_memcpy: Some(memcpy_to_memcpy),
+            turns,
+            by_jobs: false,
+            small_pages: 0,
+            crc32c: None,
+            isolation: None,
+        }
+    }
+
+    #[test]
+    fn too_short_is_not_too_noisy() {
+        let (short, noisy) = (report(30, 1.02), report(31, 1.2));
+        assert_eq!((short.ratio(), noisy.ratio()), ("too short".to_owned(), "too noisy".to_owned()));
+        assert!(short.notes().starts_with("copy 4 KiB: no ratio from 30 turns"), "{}", short.notes());
+        assert!(noisy.notes().contains("copy 4 KiB: too noisy") && noisy.notes().contains("1.20 over 31"));
+        assert!(noisy.notes().contains("--seconds"));
+        let by_jobs = Report { by_jobs: true, ..noisy };
+        assert!(by_jobs.notes().contains("more --jobs"), "{}", by_jobs.notes());
+    }
 }
