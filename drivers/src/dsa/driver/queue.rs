@@ -16,10 +16,10 @@ use underpass::accel::{
     Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Outcome, Reason, Rejected, State,
 };
 use underpass::bar::Bar;
-use underpass::dma::Records;
+use underpass::dma::{DmaBuf, Records};
 use underpass::interrupt::Interrupt;
 use underpass::iommu::OwnedPasid;
-use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
+use underpass::{Access, Burst, Error, ErrorKind, Iova, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
 use super::job::{DONE, encode, has_result, is_plain_success, judge, silent_successes, without_status};
@@ -356,6 +356,10 @@ impl Channel for WorkQueue {
             return Err(error.mend("poll until they are back"));
         }
         self.space.dma.unmap(region).map_err(|e| e.device(self.place.core.device.name().to_owned()))
+    }
+
+    fn iova(&self, buf: &DmaBuf) -> Option<Iova> {
+        self.space.dma.iova(buf)
     }
 
     fn pasid(&self) -> Option<Pasid> {
