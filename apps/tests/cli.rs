@@ -297,6 +297,7 @@ fn a_file_goes_through_unharmed() {
         assert_eq!(report["crc32c"], format!("{:08x}", crc32c(&data)), "{len} bytes with {options:?}");
         assert_eq!(report["bytes"], len);
         assert_eq!(report["verified"], true);
+        assert!(report["file_seconds"].as_f64() > report["seconds"].as_f64(), "{report}");
         assert_eq!(scratch.names(), ["input", "output"]);
     }
     let shown = underpass(&["copy", "--input", &input, "--output", &input]);

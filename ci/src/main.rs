@@ -5,8 +5,10 @@
 //! - `unsafe`: `unsafe` only in the listed modules, each of which says why; every block proves itself.
 //! - `sizes`: no file outgrows what can be read in one go.
 //! - `licenses`: every dependency's licence fits ours. Reads `cargo metadata` from standard input.
-//! - `json KEY...`: standard input is one JSON object that has these keys.
+//! - `docs`: Markdown files have no places left to be filled in, and no links to files that do not exist.
+//! - `json CLAIM...`: standard input is one JSON object that has these keys and values.
 
+mod docs;
 mod json;
 mod layers;
 mod licenses;
@@ -52,8 +54,9 @@ fn run(arguments: &[String]) -> Result<Vec<Violation>> {
         ("unsafe", []) => unsafety::check(&Tree::read(root)?, &tree::read(root, "ci/unsafe-modules")?),
         ("sizes", []) => Ok(sizes::check(&Tree::read(root)?)),
         ("licenses", []) => licenses::check(&standard_input()?, &tree::read(root, "ci/licenses")?),
-        ("json", keys) => Ok(json::check(&standard_input()?, keys)),
-        _ => bail!("usage: underpass-ci layers | unsafe | sizes | licenses | json KEY..."),
+        ("docs", []) => docs::check(root),
+        ("json", claims) => Ok(json::check(&standard_input()?, claims)),
+        _ => bail!("usage: underpass-ci layers | unsafe | sizes | licenses | docs | json CLAIM..."),
     }
 }
 

@@ -26,7 +26,10 @@ pub(crate) struct Sent {
     /// Jobs by queue.
     pub(crate) jobs: Vec<u64>,
     pub(crate) bytes: u64,
+    /// How long the device worked.
     pub(crate) seconds: f64,
+    /// How long all took, with reading, checking and writing.
+    pub(crate) file_seconds: f64,
     /// The device's CRC32C of the whole file.
     pub(crate) crc: u32,
     /// Bytes of buffers.
@@ -52,6 +55,8 @@ pub(crate) fn open_input(path: &Path) -> anyhow::Result<File> {
 struct Line {
     queue: Queue,
     free: Vec<(DmaBuf, DmaBuf)>,
+    /// Jobs of the next round.
+    ready: VecDeque<Job>,
     jobs: u64,
     small_pages: u64,
 }
@@ -64,7 +69,7 @@ impl Line {
         let mut sources = DmaBuf::new(region)?;
         let destinations = sources.split_off(size * count);
         let free = sources.into_chunks(size).into_iter().zip(destinations.into_chunks(size)).take(count);
-        Ok(Self { queue, free: free.collect(), jobs: 0, small_pages })
+        Ok(Self { queue, free: free.collect(), ready: VecDeque::new(), jobs: 0, small_pages })
     }
 }
 
@@ -82,77 +87,100 @@ pub(crate) fn send(
     stop: &Stop,
     progress: &mut dyn FnMut(u64),
 ) -> anyhow::Result<Sent> {
-    let count = (BUFFERS / queues.len() / size / 2).max(batch).max(2);
+    let count = (BUFFERS / queues.len() / size / 2).max(batch);
     let lines = queues.into_iter().map(|queue| Line::new(queue, size, count));
     let mut lines: Vec<Line> = lines.collect::<Result<_>>()?;
-    // Pieces by their place in the file, from the first that is not written yet; `None` is with the device.
-    let mut window: VecDeque<Option<Done>> = VecDeque::with_capacity(count * lines.len());
-    let (mut read, mut written) = (0, 0);
-    let (mut crc, mut bytes) = (0, 0);
-    let mut end = false;
+    let mut sent = Sent {
+        jobs: Vec::new(),
+        bytes: 0,
+        seconds: 0.0,
+        file_seconds: 0.0,
+        crc: 0,
+        working_set: (2 * size * count * lines.len()) as u64,
+        small_pages: lines.iter().map(|line| line.small_pages).sum(),
+        complete: false,
+    };
     let began = Instant::now();
-    while !end || !window.is_empty() {
-        if stop.asked() {
-            for line in &mut lines {
-                line.queue.drain(drop, drop)?;
-            }
-            break;
-        }
-        // Whole batches go round over the queues.
-        while !end {
-            let index = read as usize / batch % lines.len();
-            let line = &mut lines[index];
-            if !line.queue.has_room() && !line.queue.submit()? {
-                break;
-            }
-            let Some((mut src, mut dst)) = line.free.pop() else { break };
-            let len = fill(input, &mut src).context("cannot read the input")?;
-            end = len < size;
-            if len == 0 {
-                break;
-            }
-            if end {
-                drop((src.split_off(len), dst.split_off(len)));
-            }
-            line.queue.stage(Job::new(Op::CopyCrc { src: src.into(), dst, seed: 0 }).tag(read));
-            line.jobs += 1;
-            window.push_back(None);
-            read += 1;
-        }
-        for line in &mut lines {
-            if end || !line.queue.has_room() {
-                line.queue.submit()?;
-            }
-            line.queue.poll(|done| {
-                let place = (done.job.tag - written) as usize;
-                window[place] = Some(done);
-            })?;
-        }
-        while let Some(done) = window.front_mut().and_then(Option::take) {
-            window.pop_front();
-            let index = written as usize / batch % lines.len();
+    // The files and the device take turns, so that the device's speed is told apart from theirs.
+    while !sent.complete && !stop.asked() {
+        let (pieces, end) = read(input, &mut lines, (size, batch), stop).context("cannot read the input")?;
+        let device_began = Instant::now();
+        let round = work(&mut lines, pieces)?;
+        sent.seconds += device_began.elapsed().as_secs_f64();
+        for (piece, done) in round.into_iter().enumerate() {
+            let bytes = sent.bytes;
             let (outcome, src, dst) = taken_apart(done)
                 .with_context(|| format!("the device failed on the piece at byte {bytes} of the input"))?;
             if verify && (*src != *dst || crc32c::update(0, &dst) != outcome.crc) {
                 bail!("the device copied the piece at byte {bytes} of the input wrongly");
             }
             output.write(&dst)?;
-            crc = crc32c::combine(crc, outcome.crc, dst.len() as u64);
-            bytes += dst.len() as u64;
-            written += 1;
-            lines[index].free.push((src, dst));
-            progress(bytes);
+            sent.crc = crc32c::combine(sent.crc, outcome.crc, dst.len() as u64);
+            sent.bytes += dst.len() as u64;
+            let line = piece / batch % lines.len();
+            lines[line].free.push((src, dst));
+            progress(sent.bytes);
+        }
+        sent.complete = end;
+    }
+    sent.jobs = lines.iter().map(|line| line.jobs).collect();
+    sent.file_seconds = began.elapsed().as_secs_f64();
+    Ok(sent)
+}
+
+/// Reads pieces into all buffers that are free, whole batches in turn for each queue. Returns how many there are and
+/// whether the input is at its end.
+fn read(
+    input: &mut File,
+    lines: &mut [Line],
+    (size, batch): (usize, usize),
+    stop: &Stop,
+) -> io::Result<(usize, bool)> {
+    let mut pieces = 0;
+    while !stop.asked() {
+        let index = pieces / batch % lines.len();
+        let line = &mut lines[index];
+        let Some((mut src, mut dst)) = line.free.pop() else { break };
+        let len = fill(input, &mut src)?;
+        if len == 0 {
+            return Ok((pieces, true));
+        }
+        if len < size {
+            drop((src.split_off(len), dst.split_off(len)));
+        }
+        line.ready.push_back(Job::new(Op::CopyCrc { src: src.into(), dst, seed: 0 }).tag(pieces as u64));
+        line.jobs += 1;
+        pieces += 1;
+        if len < size {
+            return Ok((pieces, true));
         }
     }
-    Ok(Sent {
-        jobs: lines.iter().map(|line| line.jobs).collect(),
-        bytes,
-        seconds: began.elapsed().as_secs_f64(),
-        crc,
-        small_pages: lines.iter().map(|line| line.small_pages).sum(),
-        complete: end && window.is_empty(),
-        working_set: (2 * size * count * lines.len()) as u64,
-    })
+    Ok((pieces, false))
+}
+
+/// Has the device do all that is ready, and returns it in the order of the file.
+fn work(lines: &mut [Line], pieces: usize) -> Result<Vec<Done>> {
+    let mut round: Vec<Option<Done>> = (0..pieces).map(|_| None).collect();
+    let mut finished = 0;
+    while finished < pieces {
+        for Line { queue, ready, .. } in &mut *lines {
+            loop {
+                while queue.has_room()
+                    && let Some(job) = ready.pop_front()
+                {
+                    queue.stage(job);
+                }
+                if queue.staged() == 0 || !queue.submit()? {
+                    break;
+                }
+            }
+            finished += queue.poll(|done| {
+                let place = done.job.tag as usize;
+                round[place] = Some(done);
+            })?;
+        }
+    }
+    Ok(round.into_iter().flatten().collect())
 }
 
 /// A finished piece's outcome and buffers.

@@ -93,10 +93,9 @@ pub(crate) fn show(
     let buf = DmaBuf::allocate(4096)?;
     let region = buf.region().clone();
     owner.map(&region, Access::READ_WRITE)?;
-    let iova = region
-        .preferred_iova()
-        .and_then(|base| base.checked_add(buf.offset() as u64))
-        .ok_or_else(|| failed(ErrorKind::Unsupported, "the buffer's IOVA is not known".into()))?;
+    let iova = owner.iova(&buf).ok_or_else(|| {
+        failed(ErrorKind::Unsupported, "its queues do not tell where they find a buffer".into())
+    })?;
 
     // Asked politely: the buffer's region is not in queue 1's table.
     let driver_refused = match intruder.submit(Job::crc(buf, 0)) {

@@ -228,6 +228,7 @@ fn send_file(
     report.verified = sent.complete && !args.no_verify;
     report.working_set = sent.working_set;
     report.small_pages = sent.small_pages;
+    report.file_seconds = Some(sent.file_seconds);
     report.crc32c = sent.complete.then(|| format!("{:08x}", sent.crc));
     Ok(report)
 }

@@ -49,6 +49,9 @@ pub(crate) struct Report {
     pub(crate) small_pages: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) crc32c: Option<String>,
+    /// How long a file took in all, with reading, checking and writing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) isolation: Option<Isolation>,
 }
@@ -94,6 +97,7 @@ impl Report {
             by_jobs: args.jobs.is_some(),
             small_pages: 0,
             crc32c: None,
+            file_seconds: None,
             isolation: None,
         };
         report.set_bytes(jobs * shape.bytes());
@@ -231,6 +235,7 @@ mod tests {
             by_jobs: false,
             small_pages: 0,
             crc32c: None,
+            file_seconds: None,
             isolation: None,
         }
     }

@@ -22,8 +22,9 @@ use crossbeam::utils::CachePadded;
 pub use done::{Done, JobError, Outcome, Reason, Rejected};
 pub use job::{Dif, DifBlock, Job, Op, OpKind, Ops, Source};
 
+use crate::dma::DmaBuf;
 use crate::iommu::SvaToken;
-use crate::{Access, Burst, Error, Fault, Pasid, Region, Result};
+use crate::{Access, Burst, Error, Fault, Iova, Pasid, Region, Result};
 
 /// Whether a channel works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +107,12 @@ pub trait Channel: Send + fmt::Debug {
     /// # Errors
     /// [`Busy`](crate::ErrorKind::Busy) while jobs are outstanding.
     fn unmap(&mut self, region: &Arc<Region>) -> Result<()>;
+
+    /// Where the device finds the buffer in this channel's address space; `None` if its region is not mapped here, or
+    /// the channel uses no such addresses.
+    fn iova(&self, _buf: &DmaBuf) -> Option<Iova> {
+        None
+    }
 
     /// The PASID that its DMA carries; `None` where the device has none.
     fn pasid(&self) -> Option<Pasid>;

@@ -17,10 +17,10 @@ use underpass::accel::{
     Channel, CounterValues, Counters, Done, Job, JobError, Limits, Op, Outcome, Reason, Rejected, State,
 };
 use underpass::bar::Bar;
-use underpass::dma::Records;
+use underpass::dma::{DmaBuf, Records};
 use underpass::interrupt::Interrupt;
 use underpass::iommu::OwnedPasid;
-use underpass::{Access, Burst, Error, ErrorKind, Pasid, Region, Result};
+use underpass::{Access, Burst, Error, ErrorKind, Iova, Pasid, Region, Result};
 use zerocopy::transmute_ref;
 
 use self::patience::Patience;
@@ -353,6 +353,10 @@ impl Channel for WorkQueue {
             return Err(error.mend("poll until they are back"));
         }
         self.space.dma.unmap(region).map_err(|e| e.device(self.place.core.device.name().to_owned()))
+    }
+
+    fn iova(&self, buf: &DmaBuf) -> Option<Iova> {
+        self.space.dma.iova(buf)
     }
 
     fn pasid(&self) -> Option<Pasid> {
