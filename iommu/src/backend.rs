@@ -22,7 +22,7 @@ pub trait IommuBackend: Send + Sync + fmt::Debug {
     /// then uses this process's pointers as IOVAs, and may touch all that the process may.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the backend has no SVA. The kernel's iommufd has none: there such a
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) where the backend has no SVA. The kernel's iommufd has none: there such a
     /// PASID comes from a kernel driver.
     fn attach_sva(&self, device: &dyn Attachable, pasid: Pasid, token: SvaToken) -> Result<Attachment>;
 }
@@ -147,7 +147,7 @@ impl Ioas {
     /// until the attachment is dropped: else it could be given to somebody else meanwhile.
     ///
     /// # Errors
-    /// The backend's refusal; [`ErrorKind::Busy`] if something is mapped already at an address that the
+    /// The backend's refusal; [`ErrorKind::Busy`](crate::ErrorKind::Busy) if something is mapped already at an address that the
     /// device can not use (attach first, then map).
     pub fn attach(&self, device: &dyn Attachable, pasid: Option<Pasid>) -> Result<Attachment> {
         let mut iovas = self.0.iovas();
