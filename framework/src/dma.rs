@@ -36,7 +36,8 @@ impl DmaBuf {
     /// The whole of `region` as one buffer, to be split as needed.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] if a buffer was made of this region before.
+    /// [`ErrorKind::Busy`] if a buffer was made of this region before, or if it came by file descriptor: then others
+    /// reach its bytes too, and no part of it is anybody's alone.
     pub fn new(region: Arc<Region>) -> Result<Self> {
         if !region.claim() {
             return Err(Error::new(
