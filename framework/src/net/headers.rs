@@ -1,0 +1,5 @@
+//! Packet headers.
+
+mod mac;
+
+pub use mac::{MacAddr, ParseMacError};
