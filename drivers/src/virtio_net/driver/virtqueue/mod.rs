@@ -7,6 +7,8 @@
 mod packed;
 mod shadow;
 mod split;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
