@@ -19,6 +19,7 @@ mod burst;
 pub mod dma;
 pub mod interrupt;
 pub mod model;
+pub mod net;
 pub mod pci;
 pub mod worker;
 

@@ -1,0 +1,7 @@
+//! Packets and what is in them.
+
+pub mod checksum;
+pub mod headers;
+pub mod toeplitz;
+
+pub use headers::MacAddr;
