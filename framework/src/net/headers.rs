@@ -9,7 +9,7 @@ mod layout;
 mod mac;
 mod parse;
 
-pub use build::{Flow, L4Checksum, Transport};
+pub use build::{Flow, L4Checksum};
 pub use layout::{Arp, Ethernet, IcmpEcho, Ipv4, Ipv6, Ipv6Fragment, Tcp, Udp, Vlan};
 pub use mac::{MacAddr, ParseMacError};
 pub use parse::{Fragment, Headers, Ip};

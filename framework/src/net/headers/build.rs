@@ -6,19 +6,11 @@ use zerocopy::byteorder::network_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::{Ethernet, Fragment, Headers, Ip, Ipv4, Ipv6, MacAddr, Tcp, Udp, Vlan, ethertype, protocol};
+use crate::Transport;
 use crate::net::checksum;
 
 /// The hops that frames start with.
 const TTL: u8 = 64;
-
-/// A flow's transport.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Transport {
-    /// UDP.
-    Udp,
-    /// TCP: each frame is a segment with the ACK flag.
-    Tcp,
-}
 
 /// What to put into a transport header's checksum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +22,7 @@ pub enum L4Checksum {
 }
 
 /// What the headers of all packets of a flow have in common.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow {
     /// From which station.
     pub source_mac: MacAddr,
@@ -42,7 +34,7 @@ pub struct Flow {
     pub source: IpAddr,
     /// To whom, of the same version of IP.
     pub destination: IpAddr,
-    /// TCP or UDP.
+    /// TCP, where each frame is a segment with the ACK flag, or UDP.
     pub transport: Transport,
     /// From which port.
     pub source_port: u16,

@@ -10,6 +10,7 @@ use etherparse::{
 use proptest::prelude::*;
 
 use super::*;
+use crate::Transport;
 use crate::net::checksum;
 
 /// What both parsers can tell.

@@ -9,16 +9,54 @@
 //! device leaves a buffer alone once the driver gave it back is the device's part; `check=leases` proves it for a
 //! software device.
 
-use std::cell::Cell;
+mod records;
+mod space;
+
 use std::fmt;
-use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use underpass_iommu::{Access, Error, ErrorKind, Ioas, Iova, Leases, Mapping, Region, Result};
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use underpass_iommu::{Error, ErrorKind, Region, Result};
+
+pub use self::records::Records;
+pub use self::space::DmaSpace;
+
+/// Memory of a region that has one owner, and so can be handed to a device: a [`DmaBuf`], or the bytes of a
+/// [`Packet`](crate::Packet)'s first segment.
+///
+/// Only this crate implements it: an address that a device gets comes from whoever owns the memory.
+pub trait DmaMemory: sealed::Spanned {}
+
+pub(crate) mod sealed {
+    /// Where some memory is.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Span {
+        /// The region's [id](underpass_iommu::Region::id).
+        pub region: usize,
+        /// The first byte's address in this process.
+        pub address: u64,
+        /// Bytes.
+        pub len: u64,
+    }
+
+    pub trait Spanned {
+        fn span(&self) -> Span;
+    }
+}
+
+impl sealed::Spanned for DmaBuf {
+    #[inline]
+    fn span(&self) -> sealed::Span {
+        sealed::Span {
+            region: self.region.id().index(),
+            address: self.ptr.as_ptr() as u64,
+            len: self.len as u64,
+        }
+    }
+}
+
+impl DmaMemory for DmaBuf {}
 
 /// An owned piece of a [`Region`]: memory that can be handed to a device.
 pub struct DmaBuf {
@@ -160,247 +198,12 @@ impl fmt::Debug for DmaBuf {
     }
 }
 
-/// What one queue can address: an address space and a table from region to IOVA, so that finding a buffer's
-/// IOVA is one load, and a buffer of a region that is not mapped is refused before the device sees it.
-///
-/// The owner keeps the order that DMA needs: it stops the device before it drops this, which unmaps.
-pub struct DmaSpace {
-    /// By region id: what to add to a pointer to get its IOVA, or [`NOT_MAPPED`].
-    bases: Vec<u64>,
-    /// For every region, as under SVA: IOVA = VA.
-    identity: bool,
-    leases: Option<Arc<dyn Leases>>,
-    mappings: Vec<Mapping>,
-    ioas: Option<Ioas>,
-}
-
-/// Not a difference of two page-aligned addresses.
-const NOT_MAPPED: u64 = u64::MAX;
-
-impl DmaSpace {
-    /// A space in which nothing is mapped yet.
-    pub fn new(ioas: Ioas) -> Self {
-        let leases = ioas.leases();
-        Self { bases: Vec::new(), identity: false, leases, mappings: Vec::new(), ioas: Some(ioas) }
-    }
-
-    /// The process's own address space (SVA): every buffer can be addressed, at its own address.
-    pub fn shared_virtual() -> Self {
-        Self { bases: Vec::new(), identity: true, leases: None, mappings: Vec::new(), ioas: None }
-    }
-
-    /// Maps `region`. Under SVA there is nothing to do.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Busy`] if it is mapped already; the IOMMU's refusal.
-    pub fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
-        let Some(ioas) = &self.ioas else { return Ok(()) };
-        let id = region.id().index();
-        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) {
-            return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already")
-                .mend("map each region once for each queue"));
-        }
-        let mapping = ioas.map(region, access)?;
-        if self.bases.len() <= id {
-            self.bases.resize(id + 1, NOT_MAPPED);
-        }
-        self.bases[id] = mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64);
-        self.mappings.push(mapping);
-        Ok(())
-    }
-
-    /// Unmaps `region`; returns once no DMA can touch it any more.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] if it is not mapped; the IOMMU's refusal.
-    pub fn unmap(&mut self, region: &Arc<Region>) -> Result<()> {
-        if self.identity {
-            return Ok(());
-        }
-        let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
-                .mend("unmap what was mapped, once")
-        })?;
-        self.bases[region.id().index()] = NOT_MAPPED;
-        self.mappings.swap_remove(at).unmap()
-    }
-
-    /// The buffer's address for the device, or `None` if its region is not mapped here.
-    #[inline]
-    pub fn iova(&self, buf: &DmaBuf) -> Option<Iova> {
-        let va = buf.ptr.as_ptr() as u64;
-        match self.bases.get(buf.region.id().index()) {
-            Some(&base) if base != NOT_MAPPED => Some(Iova::new(va.wrapping_add(base))),
-            _ if self.identity => Some(Iova::new(va)),
-            _ => None,
-        }
-    }
-
-    /// [`iova`](Self::iova) for a buffer that goes to the device now: registers the lease where those are checked.
-    /// Each is matched by one [`take_back`](Self::take_back).
-    #[inline]
-    pub fn hand_out(&self, buf: &DmaBuf, access: Access) -> Option<Iova> {
-        let iova = self.iova(buf)?;
-        if let Some(leases) = &self.leases {
-            leases.grant(iova, buf.len as u64, access);
-        }
-        Some(iova)
-    }
-
-    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
-    /// compute an address.
-    #[inline]
-    pub fn checks_leases(&self) -> bool {
-        self.leases.is_some()
-    }
-
-    /// The buffer came back from the device. Where leases are checked, returns once no DMA under it is in flight.
-    #[inline]
-    pub fn take_back(&self, buf: &DmaBuf, access: Access) {
-        if let Some(leases) = &self.leases
-            && let Some(iova) = self.iova(buf)
-        {
-            leases.take_back(iova, buf.len as u64, access);
-        }
-    }
-
-    /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
-    /// allocated for the rest of the process.
-    pub fn leak(self) {
-        tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
-        #[allow(
-            clippy::mem_forget,
-            reason = "the memory must outlive the device's last write, which has no time"
-        )]
-        std::mem::forget(self);
-    }
-}
-
-impl fmt::Debug for DmaSpace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DmaSpace")
-            .field("ioas", &self.ioas)
-            .field("mappings", &self.mappings)
-            .finish_non_exhaustive()
-    }
-}
-
-/// An array of records that the CPU and the device both use: descriptors, completion records; with the indices of a
-/// ring around it, a descriptor ring. Never lent as references: every access is an atomic one of a 64-bit word, so that a
-/// device that writes at the wrong moment brings wrong values, and nothing worse.
-///
-/// One thread at a time uses it: `Send`, not `Sync`.
-pub struct Records<T> {
-    buf: DmaBuf,
-    iova: Iova,
-    _type: PhantomData<Cell<T>>,
-}
-
-impl<T: FromBytes + IntoBytes + Immutable> Records<T> {
-    const WORDS: usize = size_of::<T>() / 8;
-
-    /// As many records as fit into `buf`, zeroed, and handed to the device for good.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, or is not aligned to `T` and to 8 bytes.
-    pub fn new(mut buf: DmaBuf, space: &DmaSpace, access: Access) -> Result<Self> {
-        const { assert!(size_of::<T>() > 0 && size_of::<T>().is_multiple_of(8), "records are whole 64-bit words") };
-        let invalid =
-            |why, mend| Error::new(ErrorKind::InvalidInput, "make records in DMA memory", why).mend(mend);
-        let align = align_of::<T>().max(8);
-        if !(buf.as_ptr() as usize).is_multiple_of(align) {
-            return Err(invalid(
-                "the buffer is not aligned for them",
-                "split it at a multiple of their alignment",
-            ));
-        }
-        buf.fill(0);
-        let iova = space
-            .hand_out(&buf, access)
-            .ok_or_else(|| invalid("the buffer is not mapped", "map its region in this space first"))?;
-        Ok(Self { buf, iova, _type: PhantomData })
-    }
-
-    /// How many.
-    #[inline]
-    #[allow(clippy::len_without_is_empty, reason = "an empty array of records is of no use")]
-    pub fn len(&self) -> usize {
-        self.buf.len / size_of::<T>()
-    }
-
-    /// Where record `index` is for the device.
-    ///
-    /// # Panics
-    /// If there is no such record.
-    #[inline]
-    pub fn iova(&self, index: usize) -> Iova {
-        assert!(index < self.len(), "record {index} of {}", self.len());
-        self.iova.wrapping_add((index * size_of::<T>()) as u64)
-    }
-
-    /// Copies `value` into record `index`. Publish it with a Release store to a handshake word, or a doorbell.
-    ///
-    /// # Panics
-    /// If there is no such record.
-    #[inline]
-    pub fn write(&mut self, index: usize, value: &T) {
-        let words = self.words(index);
-        let (bytes, _) = value.as_bytes().as_chunks::<8>();
-        for (word, bytes) in words.iter().zip(bytes) {
-            // Relaxed: whatever publishes the record orders it.
-            word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
-        }
-    }
-
-    /// Copies record `index` out, once its handshake was read with Acquire. The device may be writing it all the same:
-    /// whatever comes out is to be checked, and read once.
-    ///
-    /// # Panics
-    /// If there is no such record.
-    #[inline]
-    pub fn read(&self, index: usize) -> T {
-        let mut value = T::new_zeroed();
-        for (n, word) in self.words(index).iter().enumerate() {
-            let bytes = word.load(Ordering::Relaxed).to_ne_bytes();
-            // Zeroed and then overwritten in pieces: T is any bytes (FromBytes), and has no padding (IntoBytes).
-            value.as_mut_bytes()[8 * n..8 * n + 8].copy_from_slice(&bytes);
-        }
-        value
-    }
-
-    /// The 64-bit word at byte `offset` of record `index`, for a handshake.
-    ///
-    /// # Panics
-    /// If there is no such record, or `offset` is not a multiple of 8 inside it.
-    #[inline]
-    pub fn word(&self, index: usize, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8), "a word at {offset}");
-        &self.words(index)[offset / 8]
-    }
-
-    #[inline]
-    fn words(&self, index: usize) -> &[AtomicU64] {
-        assert!(index < self.len(), "record {index} of {}", self.len());
-        #[allow(clippy::cast_ptr_alignment, reason = "alignment to 8 was checked in new")]
-        let first = self.buf.ptr.as_ptr().cast::<AtomicU64>();
-        // SAFETY: index is inside the buffer.
-        let record = unsafe { first.add(index * Self::WORDS) };
-        // SAFETY: the words of a record are inside the buffer, aligned and initialised, and live as long as self. They
-        // are only ever reached as atomics: by this, and by the device's side as such or as raw copies.
-        unsafe { std::slice::from_raw_parts(record, Self::WORDS) }
-    }
-}
-
-impl<T> fmt::Debug for Records<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Records({:?} at {})", self.buf, self.iova)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use underpass_iommu::soft::{Bus, SoftIommu, SoftOptions};
-    use underpass_iommu::{Attachment, FaultReason, IommuBackend};
+    use underpass_iommu::{Access, Attachment, FaultReason, IommuBackend};
 
     use super::*;
 

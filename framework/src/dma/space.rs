@@ -1,0 +1,142 @@
+//! Which memory one queue can address, and where.
+//!
+//! No unsafe code here: what has an address says so by [`DmaMemory`].
+
+use std::fmt;
+use std::sync::Arc;
+
+use underpass_iommu::{Access, Error, ErrorKind, Ioas, Iova, Leases, Mapping, Region, Result};
+
+use super::DmaMemory;
+use super::sealed::Span;
+
+/// What one queue can address: an address space and a table from region to IOVA, so that finding a buffer's
+/// IOVA is one load, and a buffer of a region that is not mapped is refused before the device sees it.
+///
+/// The owner keeps the order that DMA needs: it stops the device before it drops this, which unmaps.
+pub struct DmaSpace {
+    /// By region id: what to add to a pointer to get its IOVA, or [`NOT_MAPPED`].
+    bases: Vec<u64>,
+    /// For every region, as under SVA: IOVA = VA.
+    identity: bool,
+    leases: Option<Arc<dyn Leases>>,
+    mappings: Vec<Mapping>,
+    ioas: Option<Ioas>,
+}
+
+/// Not a difference of two page-aligned addresses.
+const NOT_MAPPED: u64 = u64::MAX;
+
+impl DmaSpace {
+    /// A space in which nothing is mapped yet.
+    pub fn new(ioas: Ioas) -> Self {
+        let leases = ioas.leases();
+        Self { bases: Vec::new(), identity: false, leases, mappings: Vec::new(), ioas: Some(ioas) }
+    }
+
+    /// The process's own address space (SVA): every buffer can be addressed, at its own address.
+    pub fn shared_virtual() -> Self {
+        Self { bases: Vec::new(), identity: true, leases: None, mappings: Vec::new(), ioas: None }
+    }
+
+    /// Maps `region`. Under SVA there is nothing to do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if it is mapped already; the IOMMU's refusal.
+    pub fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
+        let Some(ioas) = &self.ioas else { return Ok(()) };
+        let id = region.id().index();
+        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) {
+            return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already")
+                .mend("map each region once for each queue"));
+        }
+        let mapping = ioas.map(region, access)?;
+        if self.bases.len() <= id {
+            self.bases.resize(id + 1, NOT_MAPPED);
+        }
+        self.bases[id] = mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64);
+        self.mappings.push(mapping);
+        Ok(())
+    }
+
+    /// Unmaps `region`; returns once no DMA can touch it any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not mapped; the IOMMU's refusal.
+    pub fn unmap(&mut self, region: &Arc<Region>) -> Result<()> {
+        if self.identity {
+            return Ok(());
+        }
+        let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
+                .mend("unmap what was mapped, once")
+        })?;
+        self.bases[region.id().index()] = NOT_MAPPED;
+        self.mappings.swap_remove(at).unmap()
+    }
+
+    /// The memory's address for the device, or `None` if its region is not mapped here.
+    #[inline]
+    pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
+        self.translate(memory.span())
+    }
+
+    #[inline]
+    fn translate(&self, span: Span) -> Option<Iova> {
+        match self.bases.get(span.region) {
+            Some(&base) if base != NOT_MAPPED => Some(Iova::new(span.address.wrapping_add(base))),
+            _ if self.identity => Some(Iova::new(span.address)),
+            _ => None,
+        }
+    }
+
+    /// [`iova`](Self::iova) for memory that goes to the device now: registers the lease where those are checked.
+    /// Each is matched by one [`take_back`](Self::take_back).
+    #[inline]
+    pub fn hand_out(&self, memory: &impl DmaMemory, access: Access) -> Option<Iova> {
+        let span = memory.span();
+        let iova = self.translate(span)?;
+        if let Some(leases) = &self.leases {
+            leases.grant(iova, span.len, access);
+        }
+        Some(iova)
+    }
+
+    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
+    /// compute an address.
+    #[inline]
+    pub fn checks_leases(&self) -> bool {
+        self.leases.is_some()
+    }
+
+    /// The memory came back from the device; it is as long as when it was handed out. Where leases are checked, returns once no DMA under it is in flight.
+    #[inline]
+    pub fn take_back(&self, memory: &impl DmaMemory, access: Access) {
+        let span = memory.span();
+        if let Some(leases) = &self.leases
+            && let Some(iova) = self.translate(span)
+        {
+            leases.take_back(iova, span.len, access);
+        }
+    }
+
+    /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
+    /// allocated for the rest of the process.
+    pub fn leak(self) {
+        tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
+        #[allow(
+            clippy::mem_forget,
+            reason = "the memory must outlive the device's last write, which has no time"
+        )]
+        std::mem::forget(self);
+    }
+}
+
+impl fmt::Debug for DmaSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaSpace")
+            .field("ioas", &self.ioas)
+            .field("mappings", &self.mappings)
+            .finish_non_exhaustive()
+    }
+}
