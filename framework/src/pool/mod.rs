@@ -1,18 +1,39 @@
 //! Pools of packet buffers, all of one size, in huge pages.
 //!
+//! Free buffers are in a ring that all threads share. A thread with a [`Slot`] also has a cache of them in each pool, and
+//! goes to the ring for many at a time, when its cache is empty or full.
+//!
 //! # Why this module is unsafe, and what makes it sound
 //! It hands out [`Packet`]s, which are pointers into memory that it owns. The invariant is the one of `packet`: each buffer
-//! is either in the pool's free list or has exactly one `Packet`. The memory, of buffers and metadata alike, goes only
-//! when the last handle of the pool is dropped *and* every buffer is home; with one still out it is leaked.
+//! is either in the pool's free list or has exactly one `Packet`. A free buffer has no chain behind it.
+//!
+//! The memory, of buffers and metadata alike, goes when the last handle of the pool is dropped *and* every buffer is home;
+//! with one still out it is leaked. Packets can come home on other threads at that very moment, so it has to be shown
+//! that nobody touches the memory any more:
+//! - Taking a buffer needs a handle, and all that was done with a handle happens before the drop of the last one.
+//! - A thread that gives its slot back finds the pool in a list, from which the last handle's drop removes it first, under
+//!   the same lock.
+//! - What is left are threads that put buffers back. The last access to the pool that each makes is the Release store (of
+//!   a cache's length, or of the ring's tail) by which its buffers count as home. The drop of the last handle reads these by
+//!   Acquire loads, in an order in which no buffer counts twice (`FreeList::home`). If it finds all of them, it has
+//!   read the last store of each thread, and everything before that has happened.
+
+mod free;
+mod reclaim;
+mod slot;
 
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crossbeam::queue::ArrayQueue;
+use crossbeam::utils::CachePadded;
 use underpass_iommu::{Error, ErrorKind, Region, Result};
 
+use self::free::FreeList;
+pub use self::reclaim::Reclaim;
+pub use self::slot::Slot;
 use crate::Burst;
 use crate::dma::DmaBuf;
 use crate::packet::{Meta, Packet};
@@ -37,33 +58,46 @@ unsafe impl Sync for Owner {}
 
 /// What handles and packets share.
 pub(crate) struct Shared {
+    free: FreeList<Free>,
+    exhausted: CachePadded<AtomicU64>,
     name: String,
-    free: ArrayQueue<Free>,
-    memory: DmaBuf,
     buffer_len: u32,
-    exhausted: AtomicU64,
-    _meta: Box<[Meta]>,
+    buffers: DmaBuf,
+    /// Of the metadata. No handle to it leaves, so that no device maps it.
+    _meta: DmaBuf,
 }
 
 /// A buffer without a packet.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
 struct Free(NonNull<Meta>);
 
 // SAFETY: whoever has it owns the buffer.
 unsafe impl Send for Free {}
 
 impl Shared {
-    /// Takes a buffer back.
+    /// Takes buffers back.
     ///
     /// # Safety
-    /// `meta` is of a pool, and there is no `Packet` of it any more; the caller gives it up.
+    /// The buffers are of the pool, without chains, and there is no `Packet` of any of them any more.
     #[inline]
-    pub(crate) unsafe fn put(meta: NonNull<Meta>) {
-        // SAFETY: the metadata live as long as their pool, which is not given back before this buffer is home.
+    unsafe fn put(pool: NonNull<Self>, buffers: &[Free]) {
+        // SAFETY: a pool lives as long as one of its buffers is not home. It may be gone once they are, when `put` returns.
+        let free = &unsafe { pool.as_ref() }.free;
+        // SAFETY: the slot is this thread's, and a pool has room for its own buffers.
+        unsafe { free.put(slot::current(), buffers) };
+    }
+
+    /// Takes one buffer back.
+    ///
+    /// # Safety
+    /// `meta` is of a pool and has no chain, and there is no `Packet` of it any more.
+    #[inline]
+    pub(crate) unsafe fn put_one(meta: NonNull<Meta>) {
+        // SAFETY: the metadata live as long as their pool, which lives while this buffer is not home.
         let pool = unsafe { meta.as_ref() }.pool;
-        // SAFETY: likewise.
-        let pool = unsafe { pool.as_ref() };
-        // There is room for all that the pool has.
-        let _ = pool.free.push(Free(meta));
+        // SAFETY: the caller's promise.
+        unsafe { Self::put(pool, &[Free(meta)]) };
     }
 }
 
@@ -112,7 +146,7 @@ impl PoolBuilder {
     /// [`ErrorKind::InvalidInput`] for no buffers, or ones without room behind the headroom; what making a
     /// [`Region`] gives.
     pub fn build(self) -> Result<Pool> {
-        let Self { count, buffer_len, name, numa_node, .. } = self;
+        let Self { count, buffer_len, cache, name, numa_node } = self;
         if count == 0 || buffer_len <= HEADROOM {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -121,39 +155,45 @@ impl PoolBuilder {
             )
             .mend(format!("give it at least one buffer of more than {HEADROOM} bytes")));
         }
-        let stride = u64::from(buffer_len).next_multiple_of(64);
-        let mut region = Region::builder(stride * count as u64);
-        if let Some(node) = numa_node {
-            region = region.numa_node(node);
-        }
-        let memory = DmaBuf::new(region.build()?)?;
-        let region = u16::try_from(memory.region().id().index()).map_err(|_| {
+        let allocate = |stride: usize| {
+            // Too many for any memory is what the region says.
+            let mut region = Region::builder((stride as u64).saturating_mul(count as u64));
+            if let Some(node) = numa_node {
+                region = region.numa_node(node);
+            }
+            DmaBuf::new(region.build()?)
+        };
+        let stride = (buffer_len as usize).next_multiple_of(64);
+        let (mut buffers, mut meta) = (allocate(stride)?, allocate(size_of::<Meta>())?);
+        let region = u16::try_from(buffers.region().id().index()).map_err(|_| {
             Error::new(ErrorKind::NoMemory, format!("make pool {name}"), "there are 65536 regions already")
+                .mend("use fewer and larger pools and buffers")
         })?;
-        let first = NonNull::from(&memory[0]);
-        let shared = Box::into_raw(Box::new(Shared {
+        let first_buffer = NonNull::from(&mut buffers[0]);
+        #[allow(clippy::cast_ptr_alignment, reason = "a region starts at a page")]
+        let first_meta = NonNull::from(&mut meta[0]).cast::<Meta>();
+        let shared = Box::new(Shared {
+            free: FreeList::new(count, slot::SLOTS, cache),
+            exhausted: CachePadded::default(),
             name,
-            free: ArrayQueue::new(count),
-            memory,
             buffer_len,
-            exhausted: AtomicU64::new(0),
-            _meta: Box::new([]),
-        }));
-        let shared = NonNull::new(shared).expect("a box is not null");
-        let mut meta: Box<[Meta]> = (0..count)
-            .map(|n| {
-                // SAFETY: n < count, so that the buffer is inside the region.
-                let buffer = unsafe { first.add(n * stride as usize) };
-                Meta::new(buffer, buffer_len, region, shared)
-            })
-            .collect();
-        for meta in &mut meta {
-            // SAFETY: made above, nobody else has it.
-            let _ = unsafe { shared.as_ref() }.free.push(Free(NonNull::from(meta)));
+            buffers,
+            _meta: meta,
+        });
+        let shared = NonNull::from(Box::leak(shared));
+        let pool = Pool(Arc::new(Owner(shared)));
+        for n in 0..count {
+            // SAFETY: the region has `count` strides.
+            let buffer = unsafe { first_buffer.add(n * stride) };
+            // SAFETY: this one has as many metadata.
+            let meta = unsafe { first_meta.add(n) };
+            // SAFETY: memory for one, aligned, which nobody else uses.
+            unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };
+            // SAFETY: it is new, so that there is no packet of it.
+            unsafe { Shared::put(shared, &[Free(meta)]) };
         }
-        // SAFETY: no packet is out yet; nobody else has it.
-        unsafe { (*shared.as_ptr())._meta = meta };
-        Ok(Pool(Arc::new(Owner(shared))))
+        slot::register(shared);
+        Ok(pool)
     }
 }
 
@@ -175,30 +215,56 @@ impl Pool {
         unsafe { self.0.0.as_ref() }
     }
 
-    /// An empty packet, with [`HEADROOM`] before its bytes; `None`, and counted, if no buffer is free.
+    /// An empty packet, with [`HEADROOM`] before its bytes; `None`, and counted, if no buffer is to be had.
     #[inline]
     pub fn alloc(&self) -> Option<Packet> {
-        let Some(Free(meta)) = self.shared().free.pop() else {
-            self.shared().exhausted.fetch_add(1, Ordering::Relaxed);
+        let mut one = [MaybeUninit::uninit()];
+        if self.take(&mut one) == 0 {
             return None;
-        };
-        // SAFETY: the pool gave it to us.
-        let mut packet = unsafe { Packet::from_meta(meta) };
-        packet.reset(HEADROOM);
+        }
+        let [packet] = one;
+        // SAFETY: it was taken.
+        let mut packet: Packet = unsafe { packet.assume_init() };
+        packet.renew();
         Some(packet)
     }
 
-    /// Appends up to `count` empty packets to `into`, as many as it has room for and buffers are free, and returns how
-    /// many.
+    /// Appends up to `count` empty packets to `into`, as many as it has room for and buffers are to be had, and returns how
+    /// many. They have [`HEADROOM`] before their bytes.
     #[inline]
     pub fn alloc_burst(&self, count: usize, into: &mut Burst<Packet>) -> usize {
-        let count = count.min(into.room());
-        let mut taken = 0;
-        while taken < count
-            && let Some(packet) = self.alloc()
-        {
-            let _ = into.push(packet);
-            taken += 1;
+        let before = into.len();
+        let taken = self.alloc_raw(count, into);
+        for packet in &mut into[before..] {
+            packet.renew();
+        }
+        taken
+    }
+
+    /// [`alloc_burst`](Self::alloc_burst) without touching the packets: they are not empty, but as their last user left
+    /// them, apart from chains. For drivers, which [`post`](Packet::post) them; a [`reset`](Packet::reset) makes one empty.
+    #[inline]
+    pub fn alloc_raw(&self, count: usize, into: &mut Burst<Packet>) -> usize {
+        let packets = into.as_vec();
+        let room = packets.spare_capacity_mut();
+        let count = count.min(room.len());
+        let taken = self.take(&mut room[..count]);
+        let len = packets.len() + taken;
+        // SAFETY: they were taken.
+        unsafe { packets.set_len(len) };
+        taken
+    }
+
+    /// Takes buffers for packets, which the first of `packets` are then; counts what is missing.
+    #[inline]
+    fn take(&self, packets: &mut [MaybeUninit<Packet>]) -> usize {
+        let (first, count) = (packets.as_mut_ptr().cast(), packets.len());
+        // SAFETY: a Packet is a pointer to metadata as a Free is, and to have taken that is what it takes to be one.
+        let buffers = unsafe { std::slice::from_raw_parts_mut(first, count) };
+        // SAFETY: the slot is this thread's.
+        let taken = unsafe { self.shared().free.get(slot::current(), buffers) };
+        if taken < count {
+            self.shared().exhausted.fetch_add((count - taken) as u64, Ordering::Relaxed);
         }
         taken
     }
@@ -206,7 +272,7 @@ impl Pool {
     /// The memory of all its buffers.
     #[inline]
     pub fn region(&self) -> &Arc<Region> {
-        self.shared().memory.region()
+        self.shared().buffers.region()
     }
 
     /// Bytes in each buffer, headroom included.
@@ -219,12 +285,19 @@ impl Pool {
         self.shared().free.capacity()
     }
 
-    /// How many buffers are free. While others use the pool it is a moment's figure.
+    /// How many buffers are free, those in the caches of other threads too. While others use the pool it is a moment's
+    /// figure.
     pub fn available(&self) -> usize {
-        self.shared().free.len()
+        self.shared().free.home().min(self.capacity())
     }
 
-    /// How many packets were asked for in vain.
+    /// How many buffers are in packets, under the same condition.
+    pub fn outstanding(&self) -> usize {
+        self.capacity() - self.available()
+    }
+
+    /// How many packets were asked for in vain. What lies in the cache of another thread is not to be had: with a cache of
+    /// `n` and `k` threads that use the pool, it takes `n * k` buffers more than are ever out at once.
     pub fn exhausted(&self) -> u64 {
         self.shared().exhausted.load(Ordering::Relaxed)
     }
@@ -237,11 +310,12 @@ impl Pool {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        // SAFETY: no other handle exists; packets only use it by shared reference.
+        slot::unregister(self.0);
+        // SAFETY: it lives at least until it is given back below.
         let shared = unsafe { self.0.as_ref() };
-        let out = shared.free.capacity() - shared.free.len();
+        let out = shared.free.capacity() - shared.free.home();
         if out == 0 {
-            // SAFETY: made by Box::into_raw; no handle and no packet is left.
+            // SAFETY: made by Box::leak; no handle and no packet is left, and nobody is in it (see the module).
             drop(unsafe { Box::from_raw(self.0.as_ptr()) });
             return;
         }
@@ -254,3 +328,6 @@ impl fmt::Debug for Pool {
         write!(f, "Pool({}: {} of {} free)", self.name(), self.available(), self.capacity())
     }
 }
+
+#[cfg(test)]
+mod tests;
