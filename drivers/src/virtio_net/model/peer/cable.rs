@@ -316,3 +316,6 @@ impl Receiving {
         lost
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use underpass::Transport;
 use underpass::net::headers::{Flow, L4Checksum};
@@ -265,21 +265,145 @@ impl Pace {
     #[inline]
     fn grants(&mut self) -> bool {
         if self.granted == 0 {
-            self.read_clock();
+            let now = Instant::now();
+            let start = *self.start.get_or_insert(now);
+            self.refill(now - start);
         }
         let grants = self.granted != 0;
         self.granted -= u64::from(grants);
         grants
     }
 
-    fn read_clock(&mut self) {
-        let now = Instant::now();
-        let elapsed = now - *self.start.get_or_insert(now);
+    /// Grants what is due at this time after the start.
+    fn refill(&mut self, elapsed: Duration) {
         let due = (elapsed.as_nanos() * self.frames / self.nanoseconds) as u64;
         let more = due - self.due;
         if more >= self.batch {
             self.granted = more.min(self.arrears);
             self.due = due;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    const OURS: MacAddr = MacAddr([0x52, 0x54, 0, 1, 2, 3]);
+
+    /// The ones' complement sum, word by word.
+    fn sum(parts: &[&[u8]]) -> u16 {
+        let words = parts.iter().flat_map(|part| part.chunks(2));
+        let mut sum: u32 =
+            words.map(|word| u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low))).sum();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum as u16
+    }
+
+    fn word(frame: &[u8], at: usize) -> u16 {
+        u16::from_be_bytes([frame[at], frame[at + 1]])
+    }
+
+    /// Whether it is a right frame of its length; which flow and which number it has.
+    fn check(frame: &[u8], protocol: TrafficProtocol) -> ((Ipv4Addr, u16), u32) {
+        assert_eq!(frame[..6], OURS.0);
+        assert_eq!(word(frame, 12), 0x0800);
+        assert_eq!(usize::from(word(frame, 16)), frame.len() - 14);
+        assert_eq!(sum(&[&frame[14..34]]), 0xffff, "the IP header's checksum");
+        let len = (frame.len() - 34) as u16;
+        let number = match protocol {
+            TrafficProtocol::Udp => {
+                assert_eq!((frame[23], word(frame, 38)), (17, len));
+                assert_ne!(word(frame, 40), 0, "0 is no checksum");
+                42
+            }
+            TrafficProtocol::Tcp => {
+                assert_eq!(frame[23], 6);
+                38
+            }
+        };
+        let pseudo = [&frame[26..34], &[0, frame[23]], &len.to_be_bytes()];
+        assert_eq!(sum(&[pseudo[0], pseudo[1], pseudo[2], &frame[34..]]), 0xffff, "the transport's checksum");
+        let source = Ipv4Addr::new(frame[26], frame[27], frame[28], frame[29]);
+        let number = frame[number..number + 4].try_into().unwrap();
+        ((source, word(frame, 34)), u32::from_be_bytes(number))
+    }
+
+    #[test]
+    fn every_frame_is_right_and_each_flow_counts_its_own() {
+        for protocol in [TrafficProtocol::Udp, TrafficProtocol::Tcp] {
+            let traffic = Traffic { size: (60, 1500), flows: 3, protocol, ..Traffic::default() };
+            let mut peer = open(&traffic, OURS, 1).remove(0);
+            let mut next = HashMap::new();
+            let mut sizes = Vec::new();
+            for at in 0..3000 {
+                let frame = peer.receive().unwrap();
+                let (flow, number) = check(frame.bytes, protocol);
+                let expected = next.entry(flow).or_insert(0);
+                assert_eq!(number, *expected, "frame {at}");
+                *expected += match protocol {
+                    TrafficProtocol::Udp => 1,
+                    TrafficProtocol::Tcp => frame.bytes.len() as u32 - 54,
+                };
+                sizes.push(frame.bytes.len());
+            }
+            assert_eq!(next.len(), 3);
+            sizes.sort_unstable();
+            sizes.dedup();
+            assert!(
+                sizes[0] < 80 && sizes[sizes.len() - 1] > 1480 && sizes.len() > 1000,
+                "sizes vary over the whole range"
+            );
+        }
+    }
+
+    #[test]
+    fn checksums_stay_right_through_every_value() {
+        let traffic = Traffic { flows: 1, ..Traffic::default() };
+        let mut peer = open(&traffic, OURS, 1).remove(0);
+        for expected in 0..70_000 {
+            let (_, number) = check(peer.receive().unwrap().bytes, TrafficProtocol::Udp);
+            assert_eq!(number, expected);
+        }
+        let counters = peer.counters();
+        assert_eq!((counters.rx_frames.get(), counters.rx_bytes.get()), (70_000, 70_000 * 64));
+    }
+
+    #[test]
+    fn queue_pairs_share_the_flows() {
+        let traffic = Traffic { flows: 5, ..Traffic::default() };
+        let mut peers = open(&traffic, OURS, 8);
+        let mut flows = Vec::new();
+        for peer in &mut peers {
+            for _ in 0..10 {
+                flows.extend(peer.receive().map(|frame| check(frame.bytes, TrafficProtocol::Udp).0));
+            }
+        }
+        assert_eq!(flows.len(), 50, "five pairs have one flow each, the others none");
+        flows.sort_unstable();
+        flows.dedup();
+        assert_eq!(flows.len(), 5);
+    }
+
+    #[test]
+    fn a_rate_is_kept_by_all_pairs_together() {
+        // 3 of 16 flows of a million frames a second, looked at every 40 microseconds.
+        let mut pace = Pace::new(1_000_000, 3, 16);
+        let mut frames = 0;
+        for look in 0..=25_000 {
+            pace.refill(Duration::from_micros(40) * look);
+            frames += std::mem::take(&mut pace.granted);
+        }
+        assert!((187_490..=187_500).contains(&frames), "{frames} in a second");
+
+        // After a pause it makes up for 10 milliseconds at most.
+        pace.refill(Duration::from_secs(60));
+        assert_eq!(std::mem::take(&mut pace.granted), 10_000);
+        pace.refill(Duration::from_secs(60));
+        assert_eq!(pace.granted, 0);
     }
 }

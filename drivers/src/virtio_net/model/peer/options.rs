@@ -357,3 +357,103 @@ impl<'f, 'a> Options<'f, 'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parses the options of an address from `peer=` on.
+    fn parse(text: &str) -> Result<PeerSpec> {
+        let options: Vec<_> = text.split(',').map(|option| option.split_once('=').unwrap()).collect();
+        let value = |name: &str| options.iter().find(|(given, _)| *given == name).map(|(_, value)| *value);
+        PeerSpec::parse(value("peer").unwrap(), value)
+    }
+
+    #[test]
+    fn each_peer_is_understood() {
+        assert_eq!(parse("peer=loop,queues=4").unwrap(), PeerSpec::Loop);
+        assert_eq!(parse("peer=generator").unwrap(), PeerSpec::Generator(Traffic::default()));
+        let traffic =
+            Traffic { size: (60, 1514), flows: 9, rate: Some(1000), protocol: TrafficProtocol::Tcp, seed: 3 };
+        let text = "peer=generator,size=60-1514,flows=9,rate=1000,proto=tcp,seed=3";
+        assert_eq!(parse(text).unwrap(), PeerSpec::Generator(traffic));
+        let max = Traffic { size: (1514, 1514), ..Traffic::default() };
+        assert_eq!(parse("peer=generator,size=1514,rate=max").unwrap(), PeerSpec::Generator(max));
+        assert_eq!(parse("peer=sink").unwrap(), PeerSpec::Sink { verify: false });
+        assert_eq!(parse("peer=sink,verify=checksums").unwrap(), PeerSpec::Sink { verify: true });
+        let pcap = |input: Option<&str>, output: Option<&str>, pace| PeerSpec::Pcap {
+            input: input.map(PathBuf::from),
+            output: output.map(PathBuf::from),
+            pace,
+        };
+        assert_eq!(
+            parse("peer=pcap:a:/b.pcap,pace=real").unwrap(),
+            pcap(Some("a"), Some("/b.pcap"), Pace::Real)
+        );
+        assert_eq!(parse("peer=pcap:a").unwrap(), pcap(Some("a"), None, Pace::Max));
+        assert_eq!(parse("peer=pcap:a:").unwrap(), pcap(Some("a"), None, Pace::Max));
+        assert_eq!(parse("peer=pcap::b").unwrap(), pcap(None, Some("b"), Pace::Max));
+        assert_eq!(parse("peer=tap:tap0").unwrap(), PeerSpec::Tap { name: "tap0".to_owned() });
+        let impairments = Impairments {
+            loss: Chance::from_percent(0.5).unwrap(),
+            reorder: Chance::from_percent(2.0).unwrap(),
+            delay: Duration::from_micros(150),
+            seed: 7,
+        };
+        assert_eq!(
+            parse("peer=b,name=a,loss=0.5%,reorder=2,delay=150,seed=7").unwrap(),
+            PeerSpec::Cable { name: "a".to_owned(), to: "b".to_owned(), impairments }
+        );
+    }
+
+    #[test]
+    fn what_can_not_be_is_refused_with_what_can() {
+        for (text, mend) in [
+            ("peer=", "peer can be: loop, generator"),
+            ("peer=b", "name=a,peer=b on one and name=b,peer=a on the other"),
+            ("peer=Loop", "name=a,peer=b on one"),
+            ("peer=tap", "peer can be: "),
+            ("peer=tap:", "peer can be: "),
+            ("peer=loop:1", "peer can be: "),
+            ("peer=b,name=b", "use peer=loop"),
+            ("peer=b,name=sink", "not a kind of peer"),
+            ("peer=b,name=a:c", "letters, digits"),
+            ("peer=b,name=a,loss=101", "loss is percent, 0 to 100"),
+            ("peer=b,name=a,delay=-1", "delay is a number from 0"),
+            ("peer=pcap", "peer can be: "),
+            ("peer=pcap:", "write pcap:IN:OUT"),
+            ("peer=pcap::", "write pcap:IN:OUT"),
+            ("peer=pcap:a:b:c", "no colon and no comma"),
+            ("peer=generator,size=59", "from 60 to 65535"),
+            ("peer=generator,size=100-99", "MIN-MAX"),
+            ("peer=generator,size=65536", "from 60 to 65535"),
+            ("peer=generator,size=", "from 60 to 65535"),
+            ("peer=generator,flows=0", "from 1 to 65536"),
+            ("peer=generator,flows=65536,size=9000", "there can be 29826 flows"),
+            ("peer=generator,rate=fast", "rate is a number from 1"),
+            ("peer=generator,proto=sctp", "proto can be: udp, tcp"),
+            ("peer=sink,verify=all", "verify can be: checksums"),
+            // An option of another peer.
+            ("peer=loop,size=64", "size goes with peer=generator; options of peer=loop: none"),
+            ("peer=sink,rate=max", "rate goes with peer=generator; options of peer=sink: verify"),
+            ("peer=generator,name=a", "name goes with peer=NAME"),
+            ("peer=pcap:a:b,seed=1", "seed goes with peer=generator, peer=NAME; options of peer=pcap: pace"),
+            ("peer=b,name=a,pace=real", "pace goes with peer=pcap"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");
+            assert!(error.mend_text().is_some_and(|given| given.contains(mend)), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn no_option_is_asked_for_that_is_not_listed() {
+        for peer in ["loop", "generator", "sink", "pcap:a", "tap:a", "b"] {
+            let value = |name: &str| {
+                assert!(PeerSpec::OPTIONS.iter().any(|known| known.name == name), "{name}");
+                None
+            };
+            let _ = PeerSpec::parse(peer, value);
+        }
+    }
+}

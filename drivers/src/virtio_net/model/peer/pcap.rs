@@ -145,11 +145,14 @@ impl Input {
                     )
                 }
             };
-            let whole = packets - 1;
-            return Err(refused(path, why).mend(format!(
-                "capture it again, or keep the {whole} before it: editcap -r {0} MENDED 1-{whole}",
-                path.display()
-            )));
+            let mend = match packets - 1 {
+                0 => "capture it again".to_owned(),
+                whole => format!(
+                    "capture it again, or keep what is before it: editcap -r {} MENDED.pcap 1-{whole}",
+                    path.display()
+                ),
+            };
+            return Err(refused(path, why).mend(mend));
         }
         if cut != 0 {
             tracing::warn!(
@@ -358,3 +361,6 @@ fn is_same(file: &File, path: &Path) -> bool {
     let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
     file.metadata().is_ok_and(|ours| path.metadata().is_ok_and(|theirs| identity(ours) == identity(theirs)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,3 +45,26 @@ fn has_wrong_checksum(frame: &[u8]) -> bool {
     let headers = Headers::parse(frame);
     [checksum::check_ip(frame, &headers), checksum::check_l4(frame, &headers)].contains(&Some(false))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio_net::model::peer::{PeerSpec, Traffic};
+
+    #[test]
+    fn wrong_checksums_are_counted_if_they_are_asked_for() {
+        let spec = PeerSpec::Generator(Traffic { flows: 1, ..Traffic::default() });
+        let mut generator = spec.open(1, underpass::net::MacAddr([2; 6])).unwrap().remove(0);
+        let mut sink = Sink::new(true);
+        for at in 0..64 {
+            let mut bytes = generator.receive().unwrap().bytes.to_vec();
+            sink.transmit(Frame::finished(&bytes));
+            // Behind the Ethernet header everything is covered by one checksum or the other. Without its version and
+            // length a header is none, and has no checksum.
+            bytes[at] ^= 1;
+            sink.transmit(Frame::finished(&bytes));
+        }
+        let counters = sink.counters();
+        assert_eq!((counters.tx_frames.get(), counters.bad_checksums.get()), (128, 64 - 15));
+    }
+}
