@@ -1,12 +1,22 @@
 //! What is at the other end of the software device's cable: a [`Peer`] for each queue pair, made by a [`PeerSpec`].
 
+mod cable;
 mod counters;
+mod generator;
 mod loopback;
 mod options;
+mod pcap;
+mod random;
+mod sink;
 mod slot;
+mod tap;
 
+pub use cable::Impairments;
 pub use counters::{Counter, PeerCounters};
+pub use generator::{Traffic, TrafficProtocol};
 pub use options::{PeerOption, PeerSpec};
+pub use pcap::Pace;
+pub use random::Chance;
 
 use std::sync::Arc;
 
