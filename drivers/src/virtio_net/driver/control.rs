@@ -31,7 +31,13 @@ const _: () = assert!(2 * MAX_RSS_TABLE + 512 <= MEMORY - ANSWER);
 /// A control queue, whatever its ring is.
 pub(super) trait ControlQueue: Send {
     /// Has the device do `command`, in words `what`.
-    fn command(&mut self, transport: &Transport, what: &'static str, command: Command, data: &[u8]) -> Result<()>;
+    fn command(
+        &mut self,
+        transport: &Transport,
+        what: &'static str,
+        command: Command,
+        data: &[u8],
+    ) -> Result<()>;
 }
 
 /// The control queue.
@@ -64,7 +70,13 @@ impl<Q: Virtqueue<Token = ()>> Control<Q> {
 }
 
 impl<Q: Virtqueue<Token = ()> + Send> ControlQueue for Control<Q> {
-    fn command(&mut self, transport: &Transport, what: &'static str, command: Command, data: &[u8]) -> Result<()> {
+    fn command(
+        &mut self,
+        transport: &Transport,
+        what: &'static str,
+        command: Command,
+        data: &[u8],
+    ) -> Result<()> {
         if self.stuck {
             let why = "an earlier command was not answered";
             return Err(self.failed(ErrorKind::Gone, what, why).mend("stop it and start it again"));

@@ -1,5 +1,6 @@
 //! What the device offers, checked, and what of it a configuration takes.
 
+use underpass::net::toeplitz::DEFAULT_KEY;
 use underpass::net::{Config, FRAME_OVERHEAD, Info, MacAddr, Offloads, Rss};
 use underpass::pci::{PciDevice, cap};
 use underpass::pool::HEADROOM;
@@ -8,7 +9,9 @@ use underpass::{Error, ErrorKind, Pool, Result};
 use super::transport::{Transport, nonsense};
 use super::tx::MAX_CHAIN;
 use crate::virtio_net::spec::control::VQ_PAIRS_MAX;
-use crate::virtio_net::spec::net::{HASH_KEY_LEN, HashHeader, Header, INDIRECTION_TABLE_LEN, config, hash_type};
+use crate::virtio_net::spec::net::{
+    HASH_KEY_LEN, HashHeader, Header, INDIRECTION_TABLE_LEN, config, hash_type,
+};
 use crate::virtio_net::spec::{Features, net};
 
 /// Packets on a queue where the application does not say, if the device has room for as many.
@@ -50,15 +53,9 @@ const ALWAYS: Features = Features(
 const OFFLOADS: [(Offloads, Features); 8] = [
     (Offloads::RX_CHECKSUM, Features::GUEST_CSUM),
     (Offloads::TX_CHECKSUM, Features::CSUM),
-    (
-        Offloads::TX_TCP_SEGMENT,
-        Features(Features::CSUM.0 | Features::HOST_TSO4.0 | Features::HOST_TSO6.0),
-    ),
+    (Offloads::TX_TCP_SEGMENT, Features(Features::CSUM.0 | Features::HOST_TSO4.0 | Features::HOST_TSO6.0)),
     (Offloads::TX_UDP_SEGMENT, Features(Features::CSUM.0 | Features::HOST_USO.0)),
-    (
-        Offloads::RX_LARGE,
-        Features(Features::GUEST_CSUM.0 | Features::GUEST_TSO4.0 | Features::GUEST_TSO6.0),
-    ),
+    (Offloads::RX_LARGE, Features(Features::GUEST_CSUM.0 | Features::GUEST_TSO4.0 | Features::GUEST_TSO6.0)),
     (Offloads::RX_SCATTER, Features::MRG_RXBUF),
     (Offloads::RSS, Features(Features::RSS.0 | Features::CTRL_VQ.0)),
     (Offloads::RSS_HASH, Features(Features::HASH_REPORT.0 | Features::CTRL_VQ.0)),
@@ -71,10 +68,6 @@ const HASH_TYPES: u32 = hash_type::IPV4
     | hash_type::IPV6
     | hash_type::TCPV6
     | hash_type::UDPV6;
-
-/// The key where the application gives none: repeated 16 bits give both directions of a flow the same hash (Woo and
-/// Park, "Scalable TCP Session Monitoring with Symmetric Receive-side Scaling", 2012).
-const DEFAULT_KEY: [u8; 2] = [0x6d, 0x5a];
 
 /// What the device offers.
 #[derive(Debug, Clone)]
@@ -134,7 +127,11 @@ impl Offer {
         }
         let features = features.consistent();
         for (feature, why, mend) in [
-            (Features::VERSION_1, "it is a legacy device", "have it offer VERSION_1 (QEMU: disable-legacy=on)"),
+            (
+                Features::VERSION_1,
+                "it is a legacy device",
+                "have it offer VERSION_1 (QEMU: disable-legacy=on)",
+            ),
             (
                 Features::ACCESS_PLATFORM,
                 "it would go past the IOMMU, and take I/O virtual addresses for physical ones",
@@ -152,7 +149,8 @@ impl Offer {
         let multi = Features::MQ | Features::RSS;
         let hashing = Features::RSS | Features::HASH_REPORT;
         let read16 = |at| transport.config(|config| config.read16(at).map(u32::from));
-        let max_pairs = with(multi, &|| read16(config::MAX_VIRTQUEUE_PAIRS))?.max(u32::from(!features.intersects(multi)));
+        let max_pairs =
+            with(multi, &|| read16(config::MAX_VIRTQUEUE_PAIRS))?.max(u32::from(!features.intersects(multi)));
         if !(1..=u32::from(VQ_PAIRS_MAX)).contains(&max_pairs) {
             return Err(nonsense("max_virtqueue_pairs", format_args!("it is {max_pairs}")));
         }
@@ -160,7 +158,9 @@ impl Offer {
         if features.contains(Features::MTU) && mtu < config::MIN_MTU {
             return Err(nonsense("mtu", format_args!("it is {mtu}, less than {}", config::MIN_MTU)));
         }
-        let key = with(hashing, &|| transport.config(|config| config.read8(config::RSS_MAX_KEY_SIZE).map(u32::from)))?;
+        let key = with(hashing, &|| {
+            transport.config(|config| config.read8(config::RSS_MAX_KEY_SIZE).map(u32::from))
+        })?;
         let table = with(Features::RSS, &|| read16(config::RSS_MAX_INDIRECTION_TABLE_LENGTH))? as usize;
         if features.intersects(hashing) && (key as usize) < HASH_KEY_LEN {
             return Err(nonsense("rss_max_key_size", format_args!("it is {key}, less than {HASH_KEY_LEN}")));
@@ -187,8 +187,9 @@ impl Offer {
             max_tx_depth: depth(net::transmit_queue(0))?,
             mtu: features.contains(Features::MTU).then_some(mtu),
             rss_table_len: if table == 0 { 0 } else { (1 << table.ilog2()).min(MAX_RSS_TABLE) },
-            hash_types: with(hashing, &|| transport.config(|config| config.read32(config::SUPPORTED_HASH_TYPES)))?
-                & HASH_TYPES,
+            hash_types: with(hashing, &|| {
+                transport.config(|config| config.read32(config::SUPPORTED_HASH_TYPES))
+            })? & HASH_TYPES,
             interrupts: device.config().capability(cap::MSIX).is_some(),
         })
     }
@@ -250,7 +251,9 @@ impl Offer {
         let frame = usize::from(mtu) + FRAME_OVERHEAD;
         let scatter = offloads.contains(Offloads::RX_SCATTER);
         if room < frame && !scatter {
-            let why = format!("frames of {frame} bytes do not fit into the pool's buffers, which have room for {room}");
+            let why = format!(
+                "frames of {frame} bytes do not fit into the pool's buffers, which have room for {room}"
+            );
             return Err(invalid(why).mend(format!(
                 "make them at least {} bytes long, take a smaller MTU, or ask for rx-scatter",
                 frame + HEADROOM as usize
@@ -277,7 +280,9 @@ impl Offer {
         let features = (features & self.features).consistent();
         if rx_queues < tx_queues && !features.contains(Features::RSS) {
             // Steering by flows uses as many receive queues as transmit queues, and each needs somebody to empty it.
-            let why = format!("{tx_queues} transmit queues need as many receive queues, and {rx_queues} are asked for");
+            let why = format!(
+                "{tx_queues} transmit queues need as many receive queues, and {rx_queues} are asked for"
+            );
             return Err(invalid(why).mend("ask for as many receive queues, or for rss if the device has it"));
         }
         if rx_queues.max(tx_queues) > 1 && !features.intersects(Features::MQ | Features::RSS) {
@@ -302,9 +307,11 @@ impl Offer {
         if !offloads.contains(Offloads::RSS) {
             return Ok(None);
         }
+        let table_len = usize::from(rx_queues).next_power_of_two();
+        let table_len = table_len.max(INDIRECTION_TABLE_LEN).min(self.rss_table_len);
         let rss = config.rss.clone().unwrap_or_else(|| Rss {
-            key: DEFAULT_KEY.repeat(HASH_KEY_LEN / DEFAULT_KEY.len()),
-            table: (0..rx_queues).cycle().take(INDIRECTION_TABLE_LEN.max(rx_queues.next_power_of_two().into()).min(self.rss_table_len)).collect(),
+            key: DEFAULT_KEY.to_vec(),
+            table: (0..rx_queues).cycle().take(table_len).collect(),
         });
         self.check_rss(&rss, rx_queues)?;
         Ok(Some(rss))
@@ -335,7 +342,8 @@ fn invalid(why: String) -> Error {
 
 fn at_most(what: &str, asked: usize, most: u16) -> Result<u16> {
     u16::try_from(asked).ok().filter(|asked| *asked <= most).ok_or_else(|| {
-        invalid(format!("{asked} {what} are asked for, and it has {most}")).mend(format!("ask for at most {most}"))
+        invalid(format!("{asked} {what} are asked for, and it has {most}"))
+            .mend(format!("ask for at most {most}"))
     })
 }
 
@@ -350,7 +358,9 @@ fn depth(what: &str, asked: usize, most: u16) -> Result<u16> {
 /// Bytes of a frame that fit into a buffer of any of the pools, which have enough of them.
 fn receive_room(config: &Config, rx_queues: u16, rx_depth: u16) -> Result<usize> {
     if config.pools.is_empty() {
-        return Err(invalid("it has no pool to take buffers from".to_owned()).mend("put one into Config::pools"));
+        return Err(
+            invalid("it has no pool to take buffers from".to_owned()).mend("put one into Config::pools")
+        );
     }
     let used = config.pools.len().min(rx_queues.into());
     for (n, pool) in config.pools[..used].iter().enumerate() {
@@ -373,6 +383,7 @@ fn receive_room(config: &Config, rx_queues: u16, rx_depth: u16) -> Result<usize>
 /// A locally administered address for a device that has none: the same each time for the same name.
 fn local_mac(name: &str) -> MacAddr {
     // FNV-1a.
-    let number = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let number =
+        name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     MacAddr::local(number)
 }

@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 
 use underpass::dma::DmaSpace;
 use underpass::interrupt::Interrupt;
+use underpass::net::headers::ethertype;
 use underpass::net::{Counters, MIN_FRAME, Offloads, RxQueue, State, Values};
 use underpass::pci::PciDevice;
+use underpass::pool::HEADROOM;
 use underpass::{Access, Burst, Checksum, Error, ErrorKind, Packet, Pool, Result};
-use zerocopy::{FromBytes, FromZeros};
+use zerocopy::FromBytes;
 
 use super::lease::{Lease, Ring, Status};
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
-use crate::virtio_net::spec::net::{HashHeader, Header, hash_report, header_flag};
+use crate::virtio_net::spec::net::{HashHeader, hash_report, header_flag};
 
 /// Free entries at which the ring is filled up again: enough that one publication is for many.
 const REFILL: u16 = 32;
@@ -31,9 +33,6 @@ const LEND: Duration = Duration::from_micros(100);
 
 /// Bytes of a frame's addresses, behind which a VLAN tag is.
 pub(super) const ADDRESSES: usize = 12;
-
-/// EtherType of a VLAN tag (IEEE 802.1Q), as it lies in the frame.
-pub(super) const VLAN_TAG: [u8; 2] = 0x8100_u16.to_be_bytes();
 
 /// A receive queue's ring.
 pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
@@ -55,7 +54,7 @@ pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
 /// Makes packets of used buffers.
 struct Frames {
     space: Arc<DmaSpace>,
-    header_len: usize,
+    header_len: u32,
     /// The longest frame.
     max: usize,
     port: u16,
@@ -92,7 +91,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
         let scatter = has(Offloads::RX_SCATTER);
         let frames = Frames {
             space: parts.space,
-            header_len: parts.header_len,
+            header_len: parts.header_len as u32,
             max: parts.max_frame,
             port: parts.port,
             queue: parts.index,
@@ -128,7 +127,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
         let frames = &mut self.frames;
         let mut lie = None;
         let taken = self.queue.take_burst(burst.room(), |packet, written| {
-            match frames.receive(packet, written as usize, &mut sum) {
+            match frames.receive(packet, written, &mut sum) {
                 // take_burst gives at most as many buffers as there is room for packets.
                 Ok(Some(packet)) => _ = burst.push(packet),
                 Ok(None) => {}
@@ -152,15 +151,14 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
         let free = self.queue.free();
         let (mut left, mut posted) = (usize::from(free), false);
         while left != 0 {
-            let count = self.pool.alloc_burst(left.min(FRESH), &mut self.fresh);
+            let count = self.pool.alloc_raw(left.min(FRESH), &mut self.fresh);
             if count == 0 {
                 break;
             }
             left -= count;
             for mut packet in self.fresh.drain_all() {
                 // The header goes before the place of the packet's bytes, which so keeps its alignment.
-                packet.prepend(self.frames.header_len);
-                packet.append(packet.tailroom());
+                packet.post(HEADROOM - self.frames.header_len);
                 let Some(iova) = self.frames.space.hand_out(&packet, Access::WRITE) else { continue };
                 let buffer = Buffer::writable(iova, packet.data().len() as u32);
                 posted |= self.queue.add(packet, &[buffer]).is_ok();
@@ -184,20 +182,19 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
         }
     }
 
-    /// The device may use the queue from now on: tells it of the buffers that are there already.
-    pub(super) fn kick(&self) {
-        self.notifier.notify(self.queue.position());
-    }
-
     fn sleep(&mut self, timeout: Duration) -> Result<()> {
         // None is later than any clock of ours goes: no limit of the caller's.
         let until = Instant::now().checked_add(timeout);
         self.refill();
         loop {
             let Some(interrupt) = &self.interrupt else {
-                return Err(Error::new(ErrorKind::Unsupported, "wait", "its queues were started without interrupts")
-                    .device(self.device.name().to_owned())
-                    .mend("set Config::interrupts, or poll"));
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "wait",
+                    "its queues were started without interrupts",
+                )
+                .device(self.device.name().to_owned())
+                .mend("set Config::interrupts, or poll"));
             };
             // Emptied before looking: whatever is used after the look signals it again.
             interrupt.drain();
@@ -224,20 +221,23 @@ impl Frames {
     fn receive(
         &mut self,
         mut packet: Packet,
-        written: usize,
+        written: u32,
         sum: &mut Values,
     ) -> Result<Option<Packet>, &'static str> {
         self.space.take_back(&packet, Access::WRITE);
         if self.missing != 0 {
-            packet.truncate(written);
-            return Ok(self.add_part(packet, sum));
+            return Ok(self.add_part(packet, written, sum));
         }
-        // Copied out, once. That there is room for it was made sure of when the buffer was posted.
-        let header = Header::read_from_prefix(packet.data());
-        let (Ok((header, _)), true) = (header, written >= self.header_len) else {
+        // Copied out, once. There was room for it.
+        let (header, hash) = match HashHeader::read_from_prefix(packet.data()) {
+            Ok((HashHeader { header, .. }, _)) if !self.hashes => (header, None),
+            Ok((hash, _)) => (hash.header, (hash.hash_report != hash_report::NONE).then(|| hash.hash())),
+            Err(_) => return Ok(None),
+        };
+        if !packet.received(self.header_len, written, self.port, self.queue) {
             sum.errors += 1;
             return Ok(None);
-        };
+        }
         if self.checksums {
             if header.flags & header_flag::NEEDS_CSUM != 0 {
                 packet.set_checksum(Checksum::Partial);
@@ -245,26 +245,24 @@ impl Frames {
                 packet.set_checksum(Checksum::Good);
             }
         }
-        if self.hashes {
-            let hash = HashHeader::read_from_prefix(packet.data());
-            let hash = hash.map_or(HashHeader::new_zeroed(), |(header, _)| header);
-            if hash.hash_report != hash_report::NONE {
-                packet.set_rss_hash(hash.hash());
-            }
+        if let Some(hash) = hash {
+            packet.set_rss_hash(hash);
         }
-        packet.set_source(self.port, self.queue);
-        packet.truncate(written);
-        packet.trim_front(self.header_len);
         if self.scatter && header.num_buffers != 1 {
             return self.begin(packet, header.num_buffers.into(), sum);
         }
-        let len = written - self.header_len;
+        let len = packet.data().len();
         Ok(self.finish(packet, len, sum))
     }
 
     /// The first buffer of several.
     #[cold]
-    fn begin(&mut self, packet: Packet, buffers: usize, sum: &mut Values) -> Result<Option<Packet>, &'static str> {
+    fn begin(
+        &mut self,
+        packet: Packet,
+        buffers: usize,
+        sum: &mut Values,
+    ) -> Result<Option<Packet>, &'static str> {
         if buffers == 0 {
             sum.errors += 1;
             return Ok(None);
@@ -278,8 +276,11 @@ impl Frames {
     }
 
     /// One more buffer; the packet if it was the last.
-    fn add_part(&mut self, packet: Packet, sum: &mut Values) -> Option<Packet> {
+    fn add_part(&mut self, mut packet: Packet, written: u32, sum: &mut Values) -> Option<Packet> {
         self.missing -= 1;
+        if !packet.received(0, written, self.port, self.queue) {
+            sum.errors += 1;
+        }
         let _ = self.parts.push(packet);
         if self.missing != 0 {
             return None;
@@ -326,7 +327,7 @@ impl<Q: Virtqueue<Token = Packet> + Send> Ring for RxRing<Q> {
 fn strip_vlan(packet: &mut Packet) {
     const TAG: usize = 4;
     let data = packet.data_mut();
-    if data.len() < MIN_FRAME + TAG || data[ADDRESSES..][..2] != VLAN_TAG {
+    if data.len() < MIN_FRAME + TAG || data[ADDRESSES..][..2] != ethertype::VLAN.to_be_bytes() {
         return;
     }
     let tci = u16::from_be_bytes([data[ADDRESSES + 2], data[ADDRESSES + 3]]);

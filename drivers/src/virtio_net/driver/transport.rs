@@ -121,7 +121,9 @@ impl Transport {
             // Fields are reached with their own widths, which the registers beneath want aligned.
             let aligned = cap.offset.is_multiple_of(4);
             match cap.cfg_type {
-                cfg_type::COMMON if common.is_none() && aligned && u64::from(cap.length) >= COMMON_LEN_1_0 => {
+                cfg_type::COMMON
+                    if common.is_none() && aligned && u64::from(cap.length) >= COMMON_LEN_1_0 =>
+                {
                     common = window().ok();
                 }
                 cfg_type::NOTIFY if notify.is_none() && len == bytes.len() => {
@@ -131,7 +133,8 @@ impl Transport {
                 _ => {}
             }
         }
-        let missing = |name| nonsense(name, "no capability points to it, or only to where the device has no memory");
+        let missing =
+            |name| nonsense(name, "no capability points to it, or only to where the device has no memory");
         let (notify, notify_offset, notify_multiplier) =
             notify.ok_or_else(|| missing("the notification structure"))?;
         let common = common.ok_or_else(|| missing("the common configuration structure"))?;

@@ -2,16 +2,18 @@
 //! it calls: a packet in one piece, with headroom and without offloads, takes the short way.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use underpass::dma::DmaSpace;
-use underpass::net::{Counters, MIN_FRAME, Offloads, State, TxQueue, Values};
+use underpass::net::headers::ethertype;
+use underpass::net::{Counters, MIN_FRAME, Offloads, State, TxQueue, Values, checksum};
 use underpass::pci::PciDevice;
 use underpass::{Access, Burst, Iova, Packet, Pool, Transport, TxOffload};
 use zerocopy::IntoBytes;
 
 use super::lease::{Lease, Ring, Status};
-use super::rx::{ADDRESSES, VLAN_TAG};
+use super::rx::ADDRESSES;
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::virtio_net::spec::net::{HashHeader, Header, gso, header_flag};
@@ -22,11 +24,11 @@ const DONE: usize = 64;
 /// The most buffers of one packet, its header's included: 64 KiB in buffers of 2 KiB, and some.
 pub(super) const MAX_CHAIN: u16 = 40;
 
-/// Bytes of the longest header.
-pub(super) const MAX_HEADER: usize = size_of::<HashHeader>();
-
 /// Bytes of a VLAN tag.
 const TAG: usize = 4;
+
+/// The most that goes before a packet: the longest header, and the addresses with a tag behind them.
+pub(super) const MAX_FRONT: usize = size_of::<HashHeader>() + ADDRESSES + TAG;
 
 /// The longest packet that can be cut into segments, from its IP header on.
 const MAX_SEGMENTED: usize = u16::MAX as usize;
@@ -309,13 +311,13 @@ impl Sender {
 
     /// Puts the header before the packet, and the VLAN tag into it: into its headroom, or else into a buffer of its own.
     fn with_front(&self, mut packet: Packet, header: Header) -> Option<Packet> {
-        let mut front = [0; MAX_HEADER + ADDRESSES + TAG];
+        let mut front = [0; MAX_FRONT];
         let mut len = self.header_len;
         header.write_to_prefix(&mut front).ok()?;
         if let Some(tci) = packet.vlan() {
             front[len..][..ADDRESSES].copy_from_slice(packet.data().get(..ADDRESSES)?);
             packet.trim_front(ADDRESSES);
-            front[len + ADDRESSES..][..2].copy_from_slice(&VLAN_TAG);
+            front[len + ADDRESSES..][..2].copy_from_slice(&ethertype::VLAN.to_be_bytes());
             front[len + ADDRESSES + 2..][..2].copy_from_slice(&tci.to_be_bytes());
             len += ADDRESSES + TAG;
         }
@@ -357,15 +359,13 @@ impl Sender {
 
 /// Computes the checksum of an IPv4 header (RFC 791, 3.1); `None` if it is none.
 fn fill_ipv4_checksum(header: &mut [u8]) -> Option<()> {
-    if header.len() < 20 || !header.len().is_multiple_of(4) {
+    const CHECKSUM: Range<usize> = 10..12;
+    if header.len() < 20 {
         return None;
     }
-    header[10..12].fill(0);
-    let sum: u32 = header.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
-    // At most 30 words: after the second fold nothing is left to carry.
-    let folded = (sum >> 16) + (sum & 0xffff);
-    let folded = (folded >> 16) + (folded & 0xffff);
-    header[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    header[CHECKSUM].fill(0);
+    let sum = checksum::of(header);
+    header[CHECKSUM].copy_from_slice(&sum.to_be_bytes());
     Some(())
 }
 
