@@ -12,26 +12,39 @@ use super::spec::packed::{
 use super::spec::split::Descriptor;
 use super::virtqueue::{Broken, Chain, Config, Mark, Segment, WINDOW, Walk};
 
+/// A slot of the ring, in the round that has this wrap counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    slot: u16,
+    wrap: bool,
+}
+
+impl Place {
+    const FIRST: Self = Self { slot: 0, wrap: true };
+
+    /// The place so many slots on, at most the ring's `size`.
+    #[inline]
+    fn plus(self, slots: u16, size: u16) -> Self {
+        let slot = self.slot + slots;
+        if slot < size { Self { slot, ..self } } else { Self { slot: slot - size, wrap: !self.wrap } }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Packed {
     config: Config,
-    in_order: bool,
-    event_idx: bool,
-    /// The descriptor to take next, and the wrap counter that it is available with.
-    position: u16,
-    wrap: bool,
+    /// The descriptor to take next.
+    position: Place,
     /// Slots that were taken and not put.
     taken: u16,
     /// Available descriptors from `window_at` on, all of one round: address and handshake.
     window: [(u64, Handshake); WINDOW],
-    window_at: u16,
-    window_wrap: bool,
+    window_at: Place,
     window_len: u16,
     addresses: [u64; 2 * WINDOW],
     table: Vec<Descriptor>,
     /// Where the next used descriptor goes.
-    used: u16,
-    used_wrap: bool,
+    used: Place,
     /// Used descriptors that the driver does not see yet: which slot, and what goes there.
     elements: Vec<(u16, Handshake)>,
     /// Slots that `elements` take.
@@ -44,20 +57,15 @@ impl Packed {
     pub(super) fn new(config: Config) -> Self {
         let room = WINDOW.min(config.size.into());
         Self {
-            in_order: config.has(Features::IN_ORDER),
-            event_idx: config.has(Features::EVENT_IDX),
             config,
-            position: 0,
-            wrap: true,
+            position: Place::FIRST,
             taken: 0,
             window: [(0, Handshake::new()); WINDOW],
-            window_at: 0,
-            window_wrap: true,
+            window_at: Place::FIRST,
             window_len: 0,
             addresses: [0; 2 * WINDOW],
             table: Vec::with_capacity(room),
-            used: 0,
-            used_wrap: true,
+            used: Place::FIRST,
             elements: Vec::with_capacity(room),
             put: 0,
             may_skip: false,
@@ -70,12 +78,14 @@ impl Packed {
 
     #[inline]
     pub(super) fn mark(&self) -> Mark {
-        Mark { position: self.position, wrap: self.wrap, descriptor: 0, taken: self.taken }
+        let Place { slot: position, wrap } = self.position;
+        Mark { position, wrap, descriptor: 0, taken: self.taken }
     }
 
     #[inline]
     pub(super) fn rewind(&mut self, mark: Mark) {
-        (self.position, self.wrap, self.taken) = (mark.position, mark.wrap, mark.taken);
+        self.position = Place { slot: mark.position, wrap: mark.wrap };
+        self.taken = mark.taken;
     }
 
     #[inline]
@@ -94,7 +104,7 @@ impl Packed {
         let mut slots = 0;
         let id = loop {
             let (addr, handshake) = descriptor;
-            self.advance();
+            self.position = self.position.plus(1, self.config.size);
             slots += 1;
             let flags = handshake.flags();
             if flags & INDIRECT != 0 {
@@ -120,13 +130,7 @@ impl Packed {
         Ok(Some(walk.finish(id, slots)))
     }
 
-    fn walk_table(
-        &mut self,
-        bus: &mut Bus,
-        addr: u64,
-        len: u32,
-        walk: &mut Walk<'_>,
-    ) -> Result<(), Broken> {
+    fn walk_table(&mut self, bus: &mut Bus, addr: u64, len: u32, walk: &mut Walk<'_>) -> Result<(), Broken> {
         if !self.config.has(Features::INDIRECT_DESC) {
             return Err(Broken::Rule("an indirect descriptor without the feature"));
         }
@@ -139,19 +143,11 @@ impl Packed {
         Ok(())
     }
 
-    #[inline]
-    fn advance(&mut self) {
-        self.position += 1;
-        if self.position == self.config.size {
-            (self.position, self.wrap) = (0, !self.wrap);
-        }
-    }
-
     /// The descriptor at `position`, if it is available.
     #[inline]
     fn current(&mut self, bus: &mut Bus) -> Result<Option<(u64, Handshake)>, Broken> {
-        let at = self.position.wrapping_sub(self.window_at);
-        if at < self.window_len && self.wrap == self.window_wrap {
+        let at = self.position.slot.wrapping_sub(self.window_at.slot);
+        if at < self.window_len && self.position.wrap == self.window_at.wrap {
             return Ok(Some(self.window[usize::from(at)]));
         }
         self.fill_window(bus)?;
@@ -160,16 +156,16 @@ impl Packed {
 
     /// Reads the descriptors that are available from `position` on, up to the end of the ring.
     fn fill_window(&mut self, bus: &mut Bus) -> Result<(), Broken> {
-        let room = (self.config.size - self.position).min(WINDOW as u16);
-        let first = self.descriptor(self.position);
-        (self.window_at, self.window_wrap, self.window_len) = (self.position, self.wrap, 0);
+        let room = (self.config.size - self.position.slot).min(WINDOW as u16);
+        let first = self.descriptor(self.position.slot);
+        (self.window_at, self.window_len) = (self.position, 0);
         let mut len = 0;
         while len < room {
             let at = first.wrapping_add(packed::desc_len(len) as u64 + HANDSHAKE as u64);
             // Acquire: pairs with the driver's Release of this word, or of that of the first descriptor of the batch; the
             // address is there, and the buffer.
             let handshake = Handshake::from_bits(bus.load::<u64>(None, at)?);
-            if !handshake.is_available(self.wrap) {
+            if !handshake.is_available(self.position.wrap) {
                 break;
             }
             self.window[usize::from(len)].1 = handshake;
@@ -189,7 +185,7 @@ impl Packed {
 
     #[inline]
     pub(super) fn put(&mut self, chain: &Chain, written: u32) {
-        let flags = packed::used(self.used_wrap) | if written > 0 { WRITE } else { 0 };
+        let flags = packed::used(self.used.wrap) | if written > 0 { WRITE } else { 0 };
         let handshake = Handshake::new().with_len(written).with_id(chain.id).with_flags(flags);
         match self.elements.last_mut() {
             // One used descriptor for a batch, in the place of its first ("In-order use of descriptors", 2.8.9), with
@@ -198,15 +194,12 @@ impl Packed {
                 let flags = last.flags() & (packed::AVAIL | packed::USED) | flags & WRITE;
                 *last = handshake.with_flags(flags);
             }
-            _ => self.elements.push((self.used, handshake)),
+            _ => self.elements.push((self.used.slot, handshake)),
         }
-        self.may_skip = self.in_order && chain.writable == 0;
+        self.may_skip = self.config.has(Features::IN_ORDER) && chain.writable == 0;
         self.taken -= chain.slots;
         self.put += chain.slots;
-        self.used += chain.slots;
-        if self.used >= self.config.size {
-            (self.used, self.used_wrap) = (self.used - self.config.size, !self.used_wrap);
-        }
+        self.used = self.used.plus(chain.slots, self.config.size);
     }
 
     #[inline]
@@ -233,23 +226,23 @@ impl Packed {
         match event.flags() {
             EventFlags::ENABLE => Ok(true),
             EventFlags::DISABLE => Ok(false),
-            EventFlags::DESC if self.event_idx => {
-                let size = self.config.size;
-                // As indices that run on over two rounds: the event's, and the one after the last slot used.
-                let off = if event.wrap() == self.used_wrap { event.off() } else { event.off().wrapping_sub(size) };
-                Ok(need_event(off, self.used, self.used.wrapping_sub(put)))
+            EventFlags::DESC if self.config.has(Features::EVENT_IDX) => {
+                // As indices that run on: one of the round before is negative.
+                let Place { slot: new, wrap } = self.used;
+                let round = if event.wrap() == wrap { 0 } else { self.config.size };
+                Ok(need_event(event.off().wrapping_sub(round), new, new.wrapping_sub(put)))
             }
             _ => Err(Broken::Rule("the driver's event suppression has flags that are reserved")),
         }
     }
 
     pub(super) fn ask(&mut self, bus: &mut Bus, asks: bool) -> Result<(), Broken> {
-        let event = match (asks, self.event_idx) {
+        let event = match (asks, self.config.has(Features::EVENT_IDX)) {
             (false, _) => EventSuppress::new().with_flags(EventFlags::DISABLE),
             (true, false) => EventSuppress::new().with_flags(EventFlags::ENABLE),
             (true, true) => EventSuppress::new()
-                .with_off(self.position)
-                .with_wrap(self.wrap)
+                .with_off(self.position.slot)
+                .with_wrap(self.position.wrap)
                 .with_flags(EventFlags::DESC),
         };
         bus.store::<u32>(None, self.config.used, event.into_bits())?;

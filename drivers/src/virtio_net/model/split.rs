@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use underpass::model::Bus;
 use underpass::Iova;
+use underpass::model::Bus;
 
 use super::spec::Features;
 use super::spec::split::{self, Descriptor, INDIRECT, NEXT, WRITE, avail, used};
@@ -15,8 +15,6 @@ const NEAR: u16 = 4;
 #[derive(Debug)]
 pub(super) struct Split {
     config: Config,
-    in_order: bool,
-    event_idx: bool,
     /// The available entry to take next, which the driver's index counts up to.
     position: u16,
     /// In order: the descriptor that the next chain starts with.
@@ -50,8 +48,6 @@ impl Split {
     pub(super) fn new(config: Config) -> Self {
         let room = WINDOW.min(config.size.into());
         Self {
-            in_order: config.has(Features::IN_ORDER),
-            event_idx: config.has(Features::EVENT_IDX),
             config,
             position: 0,
             descriptor: 0,
@@ -84,8 +80,7 @@ impl Split {
 
     #[inline]
     pub(super) fn mark(&self) -> Mark {
-        let taken = self.position.wrapping_sub(self.used).wrapping_sub(self.put);
-        Mark { position: self.position, wrap: false, descriptor: self.descriptor, taken }
+        Mark { position: self.position, wrap: false, descriptor: self.descriptor, taken: 0 }
     }
 
     #[inline]
@@ -126,12 +121,13 @@ impl Split {
             return Ok(None);
         }
         let head = self.head(bus)?;
-        if self.in_order && head != self.descriptor {
+        if self.config.has(Features::IN_ORDER) && head != self.descriptor {
             return Err(Broken::Rule("in order, a chain starts where the one before does not end"));
         }
         let mut walk = Walk::new(segments, self.config.size);
-        let mut index = head;
+        let (mut index, mut slots) = (head, 0);
         loop {
+            slots += 1;
             let descriptor = self.read(bus, index)?;
             let next = self.slot(index.wrapping_add(1));
             if descriptor.flags & INDIRECT != 0 {
@@ -144,13 +140,13 @@ impl Split {
                 self.descriptor = next;
                 break;
             }
-            if self.in_order && descriptor.next != next {
+            if self.config.has(Features::IN_ORDER) && descriptor.next != next {
                 return Err(Broken::Rule("in order, a chain's next descriptor is not the next one"));
             }
             index = descriptor.next;
         }
         self.position = self.position.wrapping_add(1);
-        Ok(Some(walk.finish(head, 1)))
+        Ok(Some(walk.finish(head, slots)))
     }
 
     fn walk_table(&mut self, bus: &mut Bus, at: Descriptor, walk: &mut Walk<'_>) -> Result<(), Broken> {
@@ -173,7 +169,7 @@ impl Split {
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
-            if self.in_order && descriptor.next != index + 1 {
+            if self.config.has(Features::IN_ORDER) && descriptor.next != index + 1 {
                 return Err(Broken::Rule("in order, an indirect table is not in order"));
             }
             index = descriptor.next;
@@ -243,11 +239,11 @@ impl Split {
             }
         } else {
             self.elements.extend([chain.id.into(), written]);
-            if self.in_order {
+            if self.config.has(Features::IN_ORDER) {
                 self.counts.push(1);
             }
         }
-        self.may_skip = self.in_order && chain.writable == 0;
+        self.may_skip = self.config.has(Features::IN_ORDER) && chain.writable == 0;
         self.put = self.put.wrapping_add(1);
     }
 
@@ -257,7 +253,7 @@ impl Split {
             return Ok(false);
         }
         let old = self.used;
-        if self.in_order {
+        if self.config.has(Features::IN_ORDER) {
             let mut at = old;
             for (element, count) in self.elements.chunks_exact(2).zip(&self.counts) {
                 bus.store_all(None, self.element(at), element)?;
@@ -279,7 +275,7 @@ impl Split {
         self.elements.clear();
         self.counts.clear();
         self.may_skip = false;
-        if self.event_idx && !self.asks && new.wrapping_sub(self.event_at) >= 1 << 14 {
+        if self.config.has(Features::EVENT_IDX) && !self.asks && new.wrapping_sub(self.event_at) >= 1 << 14 {
             // Otherwise the driver would come by it once in 2^16 buffers.
             self.ask(bus, false)?;
         }
@@ -291,7 +287,7 @@ impl Split {
         // Pairs with the driver's fence between asking for an interrupt and looking at the used index.
         fence(Ordering::SeqCst);
         let avail = self.config.avail;
-        if self.event_idx {
+        if self.config.has(Features::EVENT_IDX) {
             let at = avail.wrapping_add(avail::used_event(self.config.size) as u64);
             let event = bus.load::<u16>(None, at)?;
             return Ok(split::need_event(event, new, old));
@@ -302,7 +298,7 @@ impl Split {
 
     pub(super) fn ask(&mut self, bus: &mut Bus, asks: bool) -> Result<(), Broken> {
         self.asks = asks;
-        if self.event_idx {
+        if self.config.has(Features::EVENT_IDX) {
             // The entry to be asked about, or one that was made available already.
             let event = if asks { self.position } else { self.position.wrapping_sub(1) };
             self.event_at = self.position;

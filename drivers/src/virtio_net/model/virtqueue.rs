@@ -77,17 +77,16 @@ pub(super) struct Segment {
     pub(super) len: u32,
 }
 
-/// A buffer that was taken: its segments are those from `first` to `end` in the list that they were appended to.
+/// A buffer that was taken: its segments are those from `first` on in the list that they were appended to.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Chain {
     /// What the driver knows it by.
     pub(super) id: u16,
-    /// Slots of the ring that it takes.
+    /// Descriptors of the queue that it takes.
     pub(super) slots: u16,
     pub(super) first: usize,
     /// The first segment that the device writes.
     pub(super) first_writable: usize,
-    pub(super) end: usize,
     /// Bytes that the device reads.
     pub(super) readable: u32,
     /// Bytes that the device writes.
@@ -101,12 +100,13 @@ pub(super) struct Mark {
     pub(super) wrap: bool,
     /// Split rings in order: the next chain's first descriptor.
     pub(super) descriptor: u16,
-    /// Slots that were taken and are not used yet.
+    /// Packed rings: slots that were taken and not put.
     pub(super) taken: u16,
 }
 
 /// A queue that the driver has enabled.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a queue, and it stays where it is")]
 pub(super) enum Virtqueue {
     Split(Split),
     Packed(Packed),
@@ -197,17 +197,12 @@ impl Virtqueue {
         }
     }
 
-    /// Entries of the ring.
+    /// Descriptors that it has.
     pub(super) fn size(&self) -> u16 {
         match self {
             Self::Split(queue) => queue.size(),
             Self::Packed(queue) => queue.size(),
         }
-    }
-
-    /// Slots that were taken and are not used yet.
-    pub(super) fn taken(&self) -> u16 {
-        self.mark().taken
     }
 }
 
@@ -235,7 +230,9 @@ impl<'a> Walk<'a> {
             return Err(Broken::Rule("a descriptor's buffer has no bytes"));
         }
         if self.segments.len() - chain.first == self.limit {
-            return Err(Broken::Rule("a chain has more descriptors than its queue: it is too long, or a loop"));
+            return Err(Broken::Rule(
+                "a chain has more descriptors than its queue: it is too long, or a loop",
+            ));
         }
         if addr.checked_add(len.into()).is_none() {
             return Err(Broken::Rule("a buffer runs over the end of the address space"));
@@ -258,7 +255,7 @@ impl<'a> Walk<'a> {
 
     #[inline]
     pub(super) fn finish(self, id: u16, slots: u16) -> Chain {
-        Chain { id, slots, end: self.segments.len(), ..self.chain }
+        Chain { id, slots, ..self.chain }
     }
 
     /// Reads an indirect table of `len` bytes into `table`.
