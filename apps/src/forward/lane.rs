@@ -164,7 +164,7 @@ impl Lane {
             return Progress::Busy;
         }
         add(&self.counts.no_room, self.ready.len());
-        self.ready.clear();
+        self.ready.free();
         let left = self.tx.reclaim();
         let since = *self.stuck.get_or_insert_with(Instant::now);
         if left == 0 || !self.is_running() || since.elapsed() > LAST_PATIENCE {
@@ -215,14 +215,14 @@ impl Lane {
                 if let Some(tap) = &mut self.tap {
                     tap.copy(came);
                 }
-                came.clear();
+                came.free();
                 add(&counts.consumed, count);
                 return count;
             }
             Work::Generate(generator) => generate(generator, ready, run, counts),
             Work::GenerateAndDrop(generator) => {
                 let dropped = rx.rx_burst(came);
-                came.clear();
+                came.free();
                 add(&counts.received, dropped);
                 add(&counts.consumed, dropped);
                 dropped + generate(generator, ready, run, counts)
@@ -244,7 +244,7 @@ impl Lane {
         } else if self.stuck.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
             self.stuck = None;
             add(&self.counts.no_room, self.ready.len());
-            self.ready.clear();
+            self.ready.free();
         }
         sent
     }

@@ -8,8 +8,8 @@ use super::args::Args;
 use super::mode::Mode;
 use crate::Usage;
 
-/// Buffers that lie in caches and bursts of each worker, at most: two bursts, and what a pool's cache holds.
-const WORKER_BUFFERS: usize = 1024;
+/// Buffers that a thread may hold back in its cache of a pool.
+const CACHE: usize = 256;
 
 /// The MTU of Ethernet (RFC 894).
 const MTU: u16 = 1500;
@@ -121,17 +121,18 @@ fn more_queues(most: usize, name: &str) -> String {
 }
 
 /// The memory for what a port receives or generates: enough for its own receive queues, for the transmit queues of the
-/// port that sends it, and for the workers.
+/// port that sends it, for the bursts in between, and for the caches of all threads, of which this one fills the queues.
 fn pool(index: usize, args: &Args) -> Result<Pool, Error> {
-    let workers = args.cores.as_ref().map_or(args.queues, |cores| cores.0.len());
-    let buffers = (2 * args.ring + 2 * args.burst)
-        .checked_mul(args.queues)
-        .and_then(|buffers| buffers.checked_add(WORKER_BUFFERS.checked_mul(workers)?));
+    let buffers = args.ring.checked_add(args.burst).and_then(|each| {
+        let threads = args.queues.checked_add(1)?;
+        each.checked_mul(2)?.checked_mul(args.queues)?.checked_add(threads.checked_mul(CACHE)?)
+    });
     let room = (usize::from(args.mtu.unwrap_or(MTU)) + FRAME_OVERHEAD).max(args.packet_size).max(MIN_ROOM);
     let buffer_len = room as u32 + HEADROOM;
     // No memory holds that many: the pool says so.
     Pool::builder(buffers.unwrap_or(usize::MAX / (2 * buffer_len as usize)))
         .buffer_len(buffer_len)
+        .cache(CACHE)
         .name(&format!("port {index}"))
         .build()
 }

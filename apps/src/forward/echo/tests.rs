@@ -229,3 +229,41 @@ fn neighbours_that_ask_are_answered() {
     routed[14 + 7] = 254;
     assert!(answered(&routed).is_none(), "it came over a router");
 }
+
+/// The bytes behind the addresses that the kernel's answer and ours must have in common.
+fn comparable(frame: &[u8]) -> Vec<u8> {
+    let headers = Headers::parse(frame);
+    // Of an IP header version, lengths and addresses; ids and hops are each station's own.
+    let ip = headers.addresses(frame).unwrap_or_default();
+    let rest = match headers.ethertype {
+        ethertype::ARP => &frame[14..14 + size_of::<Arp>()],
+        _ => &frame[headers.l4_offset()..headers.end()],
+    };
+    [&frame[12..15], ip, rest].concat()
+}
+
+#[test]
+fn a_real_ping_is_answered_as_the_kernel_did() {
+    // Both ways of a conversation of two kernels, made by tests/data/make: ARP, neighbours, three kinds of ping.
+    let capture = include_bytes!("../../../tests/data/ping.pcap");
+    let mut reader = pcap_file::pcap::PcapReader::new(&capture[..]).unwrap();
+    let mut frames = vec![];
+    while let Some(packet) = reader.next_packet() {
+        frames.push(packet.unwrap().data.to_vec());
+    }
+    let (asker, kernel) = ([2, 0, 0, 0, 0, 0x0a], [2, 0, 0, 0, 0, 0x0b]);
+    let mut ours = vec![];
+    for frame in frames.iter().filter(|frame| frame[6..12] == asker) {
+        let mut frame = frame.clone();
+        if answer(&mut frame, MacAddr(kernel)) {
+            assert_between(&frame, kernel, asker);
+            ours.push(comparable(&frame));
+        }
+    }
+    let theirs = frames.iter().filter(|frame| frame[..6] == asker && frame[6..12] == kernel);
+    let theirs: Vec<_> = theirs.map(|frame| comparable(frame)).collect();
+    assert_eq!(ours.len(), 1 + 3 + 2 + 1 + 3);
+    assert_eq!(ours, theirs);
+    // And to none of the answers is answered.
+    assert!(frames.iter().filter(|frame| frame[6..12] == kernel).all(|frame| answered(frame).is_none()));
+}
