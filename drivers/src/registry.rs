@@ -13,6 +13,7 @@ use std::str::FromStr;
 
 use underpass::accel::Accelerator;
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
+use underpass::net::Port;
 use underpass::pci::{PciDevice, Run};
 use underpass::{Error, ErrorKind, Result, worker};
 
@@ -30,7 +31,16 @@ pub struct Scheme {
     /// The options that it takes.
     pub options: &'static [SchemeOption],
     /// Opens it. Options are known to be among `options`, each given once.
-    pub open: fn(&Address<'_>) -> Result<Box<dyn Accelerator>>,
+    pub open: fn(&Address<'_>) -> Result<Device>,
+}
+
+/// An open device, by its class.
+#[derive(Debug)]
+pub enum Device {
+    /// One that does jobs on memory.
+    Accelerator(Box<dyn Accelerator>),
+    /// One that sends and receives packets.
+    Port(Box<dyn Port>),
 }
 
 /// An option of a [`Scheme`].
@@ -48,7 +58,7 @@ const CPU: Scheme = Scheme {
     name: "cpu",
     what: "jobs done by the CPU, in the thread that submits them",
     options: &[],
-    open: |_| Ok(Box::new(Cpu::new())),
+    open: |_| Ok(Device::Accelerator(Box::new(Cpu::new()))),
 };
 
 const SOFT_DSA: Scheme = Scheme {
@@ -78,7 +88,7 @@ const SOFT_ENGINES: RangeInclusive<usize> = 1..=DsaProfile::MAX_ENGINES;
 /// PASIDs have 20 bits, and 0 is not one that is given out.
 const SOFT_PASIDS: RangeInclusive<u32> = 0..=(1 << 20) - 1;
 
-fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
+fn open_soft_dsa(address: &Address<'_>) -> Result<Device> {
     let mut profile = DsaProfile::default();
     if let Some(wqs) = address.number("wqs", SOFT_WQS)? {
         profile.wqs = wqs;
@@ -94,7 +104,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
     let iommu = SoftIommu::new(options);
     let model = Box::new(DsaModel::new(profile));
     let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
-    Ok(Box::new(Dsa::open(device)?.with_mode(mode.unwrap_or_default())))
+    Ok(Device::Accelerator(Box::new(Dsa::open(device)?.with_mode(mode.unwrap_or_default()))))
 }
 
 /// An address taken apart.
@@ -236,11 +246,12 @@ impl Registry {
         self
     }
 
-    /// Opens the device at `address`, as the user wrote it: a scheme's name, and its options after commas.
+    /// Opens the accelerator at `address`, as the user wrote it: a scheme's name, and its options after commas.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for an address, option or value that is not known (the message lists those that
-    /// are); [`ErrorKind::NotFound`] for a core that does not exist; what opening the device gives.
+    /// are), and for a device of another class; [`ErrorKind::NotFound`] for a core that does not exist; what opening the
+    /// device gives.
     pub fn open(&self, address: &str) -> Result<Box<dyn Accelerator>> {
         self.open_on(address, None)
     }
@@ -248,6 +259,33 @@ impl Registry {
     /// [`open`](Self::open), with a `core` for a software device's threads where the address names none. The device
     /// keeps the name that the user gave it.
     pub fn open_on(&self, address: &str, core: Option<usize>) -> Result<Box<dyn Accelerator>> {
+        match self.open_device(address, core)? {
+            Device::Accelerator(device) => Ok(device),
+            Device::Port(_) => Err(invalid(address, "it is a network port, not an accelerator".to_owned())
+                .mend("try soft:dsa; for packets: underpass forward")),
+        }
+    }
+
+    /// Opens the network port at `address`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_port(&self, address: &str) -> Result<Box<dyn Port>> {
+        match self.open_device(address, None)? {
+            Device::Port(port) => Ok(port),
+            Device::Accelerator(_) => {
+                Err(invalid(address, "it is an accelerator, not a network port".to_owned())
+                    .mend("try soft:virtio-net; for an accelerator: underpass copy"))
+            }
+        }
+    }
+
+    /// Opens the device at `address`, whatever its class, with a `core` for a software device's threads where the address
+    /// names none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_device(&self, address: &str, core: Option<usize>) -> Result<Device> {
         let address = Address::parse(address, core)?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
             address.check_options(scheme)?;
@@ -335,6 +373,13 @@ mod tests {
         for address in ["0000:3b:00", "3b.0", "xyz:3b:00.0", "0000:3b:00.00", "0:0:0:0.0"] {
             assert_eq!(refused(address).kind(), ErrorKind::InvalidInput, "{address}");
         }
+    }
+
+    #[test]
+    fn a_device_of_another_class_is_refused() {
+        let error = builtin().open_port("soft:dsa").map(|_| ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("not a network port"), "{error}");
     }
 
     #[test]
