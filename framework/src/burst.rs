@@ -52,6 +52,12 @@ impl<T> Burst<T> {
         }
     }
 
+    /// The vector, for those who move items in or out as memory. It must not grow.
+    #[inline]
+    pub(crate) fn as_vec(&mut self) -> &mut Vec<T> {
+        &mut self.0
+    }
+
     /// Takes the last item.
     #[inline]
     pub fn pop(&mut self) -> Option<T> {

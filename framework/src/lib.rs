@@ -6,12 +6,13 @@
 //! What is where, from the application downwards:
 //! - [`accel`]: the class of devices that do jobs on memory. A job owns its buffers until it comes back.
 //! - [`dma`]: buffers in DMA memory, and which of them one queue can address.
+//! - [`ring`]: bounded queues between threads, without locks.
 //! - [`worker`]: pinned threads that poll, their counters and how they idle.
 //! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over a software model of it.
 //! - [`model`]: what such a model implements.
 //!
-//! `unsafe` lives in [`bar`] (MMIO) and [`dma`] (memory that a device shares); each of them starts with the
-//! invariant that makes it sound.
+//! `unsafe` lives in [`bar`] (MMIO), [`dma`] (memory that a device shares) and [`ring`] (memory that threads share); each
+//! of them starts with the invariant that makes it sound.
 
 pub mod accel;
 pub mod bar;
@@ -23,6 +24,7 @@ pub mod net;
 mod packet;
 pub mod pci;
 pub mod pool;
+pub mod ring;
 pub mod worker;
 
 pub use burst::Burst;

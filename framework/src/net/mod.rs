@@ -9,8 +9,10 @@
 //! copied; which memory a port's device can reach is what [`Port::map`] was told, and a packet of any other is refused and
 //! counted.
 
+pub mod checksum;
 mod counters;
 pub mod headers;
+pub mod toeplitz;
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};

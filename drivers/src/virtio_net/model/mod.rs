@@ -1,0 +1,3 @@
+//! The software twin of the device.
+
+pub mod peer;
