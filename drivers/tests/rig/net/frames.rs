@@ -10,7 +10,8 @@ pub(crate) const MIN_NUMBERED: usize = STREAM_HEADERS + 12;
 /// three.
 pub(crate) fn numbered(stream: u16, number: u64, len: usize) -> Vec<u8> {
     let filler = (0..).map(|at: u64| {
-        let mixed = (number ^ u64::from(stream) << 48).wrapping_add(at / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mixed =
+            (number ^ u64::from(stream) << 48).wrapping_add(at / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed ^ mixed >> 29).to_le_bytes()[at as usize % 8]
     });
     if len < MIN_NUMBERED {
@@ -126,7 +127,8 @@ impl Flow {
         } else {
             let id = 0x1234_u16 + nth;
             let total = (20 + l4_len) as u16;
-            let mut header = vec![0x45, 0, (total >> 8) as u8, total as u8, (id >> 8) as u8, id as u8, 0x40, 0];
+            let mut header =
+                vec![0x45, 0, (total >> 8) as u8, total as u8, (id >> 8) as u8, id as u8, 0x40, 0];
             header.extend([64, protocol, 0, 0]);
             header.extend(&self.source[..4]);
             header.extend(&self.destination[..4]);
@@ -209,7 +211,7 @@ pub(crate) fn toeplitz(key: &[u8], input: &[u8]) -> u32 {
 
 /// The key of Microsoft's examples ("Verifying the RSS Hash Calculation").
 pub(crate) const KEY: [u8; 40] = [
-    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0, 0xd0, 0xca,
-    0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c, 0x6a, 0x42, 0xb7, 0x3b,
-    0xbe, 0xac, 0x01, 0xfa,
+    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0, 0xd0,
+    0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c, 0x6a, 0x42,
+    0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
 ];

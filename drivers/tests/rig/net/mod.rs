@@ -36,16 +36,12 @@ pub(crate) struct Bench {
     pub(crate) port: Box<dyn Port>,
     pub(crate) wire: Wire,
     pub(crate) taps: Taps,
-    /// The test steps the device.
-    pub(crate) stepped: bool,
 }
 
 impl Bench {
     /// Gives the device time, where it has none of its own.
     pub(crate) fn step(&self) {
-        if self.stepped {
-            self.taps.step();
-        }
+        self.taps.lend();
     }
 
     /// Starts with one queue each way.
@@ -120,7 +116,11 @@ impl Bench {
     }
 
     /// Sends packets on an echoing wire and receives as many.
-    pub(crate) fn echo(&self, started: &mut Started, packets: impl IntoIterator<Item = Packet>) -> Vec<Packet> {
+    pub(crate) fn echo(
+        &self,
+        started: &mut Started,
+        packets: impl IntoIterator<Item = Packet>,
+    ) -> Vec<Packet> {
         let mut to_send = burst(packets);
         let count = to_send.len();
         let mut back = Vec::new();

@@ -1,5 +1,6 @@
 //! A model with taps: the test reads along, steps the engines, and bends what the driver sees.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -42,6 +43,8 @@ pub(crate) struct Taps(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
+    /// Nobody else gives the engines time.
+    stepped: bool,
     engines: Mutex<Engines>,
     /// The honest engines do nothing.
     muted: AtomicBool,
@@ -56,6 +59,17 @@ struct Shared {
 }
 
 impl Taps {
+    pub(crate) fn new(stepped: bool) -> Self {
+        Self(Arc::new(Shared { stepped, ..Shared::default() }))
+    }
+
+    /// Steps the engines where nobody else does.
+    pub(crate) fn lend(&self) {
+        if self.0.stepped {
+            self.step();
+        }
+    }
+
     /// Steps each engine once, whoever else may step them; whether there was work.
     pub(crate) fn step(&self) -> bool {
         let engines = self.0.engines.lock().unwrap().clone();
@@ -112,6 +126,12 @@ impl Taps {
 
     fn queues(&self) -> MutexGuard<'_, Vec<QueueSetup>> {
         self.0.queues.lock().unwrap()
+    }
+}
+
+impl fmt::Debug for Taps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Taps").field("queues", &self.0.queues).finish_non_exhaustive()
     }
 }
 
@@ -228,7 +248,9 @@ impl Model for Tapped {
     fn read(&mut self, bar: usize, offset: u64, width: Width) -> u64 {
         let mut value = self.model.read(bar, offset, width);
         let register = self.register(bar, offset);
-        if register == Register::Common(common::DEVICE_STATUS) && self.taps.0.needs_reset.load(Ordering::Relaxed) {
+        if register == Register::Common(common::DEVICE_STATUS)
+            && self.taps.0.needs_reset.load(Ordering::Relaxed)
+        {
             value |= u64::from(status::DEVICE_NEEDS_RESET);
         }
         match &mut *self.taps.0.read.lock().unwrap() {

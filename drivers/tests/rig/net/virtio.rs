@@ -33,6 +33,15 @@ pub(crate) fn threads() -> Run {
 }
 
 impl Kind {
+    pub(crate) const fn new(run: fn() -> Run, check_leases: bool, without: &[Features]) -> Self {
+        let (mut all, mut n) = (0, 0);
+        while n < without.len() {
+            all |= without[n].0;
+            n += 1;
+        }
+        Self { without: Features(all), run, check_leases }
+    }
+
     pub(crate) fn profile(&self, pairs: usize) -> Profile {
         let profile = Profile { queue_pairs: pairs as u16, ..Profile::default() };
         Profile { features: (profile.features - self.without).consistent(), ..profile }
@@ -46,10 +55,9 @@ impl Kind {
     pub(crate) fn open(&self, wire: &Wire) -> Bench {
         let pairs = wire.pairs();
         let model = VirtioNetModel::with_peers(self.profile(pairs), wire.peers());
-        let taps = Taps::default();
+        let taps = Taps::new((self.run)() == Run::Stepped);
         let port = self.open_model(Box::new(Tapped::new(Box::new(model), &taps))).unwrap();
-        let stepped = (self.run)() == Run::Stepped;
-        Bench { port: Box::new(port), wire: wire.clone(), taps, stepped }
+        Bench { port: Box::new(port), wire: wire.clone(), taps }
     }
 
     pub(crate) fn open_model(&self, model: Box<dyn Model>) -> Result<VirtioNet> {
