@@ -5,6 +5,7 @@
 pub(crate) mod frames;
 #[path = "../random.rs"]
 mod random;
+pub(crate) mod ring;
 pub(crate) mod tapped;
 pub(crate) mod virtio;
 mod wire;
