@@ -20,7 +20,7 @@ use underpass::model::{Bus, Width};
 use underpass::net::{Config, MacAddr, Offloads, Port, Started, State};
 use underpass::pci::ConfigSpace;
 use underpass::{Burst, Error, ErrorKind, Iova, Packet, Pool, Result};
-use underpass_drivers::virtio_net::VirtioNet;
+use underpass_drivers::virtio_net::driver::VirtioNet;
 use underpass_drivers::virtio_net::model::VirtioNetModel;
 use underpass_drivers::virtio_net::spec::net::{Header, config, control_queue, header_flag};
 use underpass_drivers::virtio_net::spec::packed::{self, Handshake};
@@ -63,7 +63,7 @@ impl Stage {
     }
 
     fn with(kind: &Kind, change: impl FnOnce(&mut Config)) -> Self {
-        let bench = kind.open(&Wire::echo(1));
+        let bench = Bench { control: None, ..kind.open(&Wire::echo(1)) };
         let pool = pool(64);
         let mut config = Config { rx_depth: 16, tx_depth: 16, ..Config::new(&pool) };
         change(&mut config);
@@ -777,7 +777,7 @@ fn registers_that_change_all_the_time_end_nothing() {
 fn a_configuration_that_changes_under_way_changes_no_promise() {
     let kind = &SPLIT;
     let bench = kind.open(&Wire::echo(2));
-    let Bench { mut port, wire, taps } = bench;
+    let Bench { mut port, wire, taps, .. } = bench;
     let pool = pool(256);
     let (info, mac) = (port.info(), port.mac());
     let mut random = Random(4);
@@ -799,7 +799,7 @@ fn a_configuration_that_changes_under_way_changes_no_promise() {
         assert_home(&pool);
     }
     taps.be_honest();
-    let mut bench = Bench { port, wire, taps };
+    let mut bench = Bench { port, wire, taps, control: None };
     bench.wire.forget();
     let mut started = bench.start(&Config::new(&pool));
     bench.works(&mut started, &pool);
@@ -841,7 +841,7 @@ fn capabilities_that_lead_nowhere_are_refused() {
         let tapped = Tapped::with_config(Box::new(model), &taps, with_capabilities(&honest, &all));
         let mut port = SPLIT.open_model(Box::new(tapped))?;
         let started = port.start(&Config { rx_depth: 16, tx_depth: 16, ..Config::new(&pool) });
-        let mut bench = Bench { port: Box::new(port), wire, taps };
+        let mut bench = Bench { port: Box::new(port), wire, taps, control: None };
         let worked = started.map(|mut started| {
             bench.works(&mut started, &pool);
         });

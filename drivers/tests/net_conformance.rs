@@ -92,8 +92,11 @@ kind!(packed_unmerged: Kind::new(inline, false, &[
     Features::INDIRECT_DESC,
     Features::IN_ORDER,
 ]));
+// What it is not notified of the device does not see.
+kind!(split_notified: Kind { notified: true, ..Kind::new(inline, false, &[Features::RING_PACKED]) });
+kind!(packed_notified: Kind { notified: true, ..Kind::new(stepped, false, &[Features::EVENT_IDX]) });
 // As little as a device may have.
-kind!(bare: Kind { without: Features(!(Features::VERSION_1.0 | Features::ACCESS_PLATFORM.0)), run: inline, check_leases: true });
+kind!(bare: Kind::new(inline, true, &[Features(!(Features::VERSION_1.0 | Features::ACCESS_PLATFORM.0))]));
 
 /// A port on a wire that gives back what is sent.
 fn echo(kind: &Kind) -> Bench {

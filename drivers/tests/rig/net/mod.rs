@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use underpass::net::{Config, Port, RxQueue, Started, TxQueue, Values};
 use underpass::{Burst, Packet, Pool};
+use underpass_drivers::virtio_net::model::VirtioNetControl;
 
 pub(crate) use random::Random;
 pub(crate) use tapped::Taps;
@@ -37,6 +38,8 @@ pub(crate) struct Bench {
     pub(crate) port: Box<dyn Port>,
     pub(crate) wire: Wire,
     pub(crate) taps: Taps,
+    /// Knows what rules the driver broke. `None` where the test plays the device.
+    pub(crate) control: Option<VirtioNetControl>,
 }
 
 impl Bench {
@@ -55,11 +58,21 @@ impl Bench {
 
     /// Drops the queues and stops; all buffers of these pools are home then.
     pub(crate) fn stop(&mut self, started: Started, pools: &[&Pool]) {
+        self.check();
         drop(started);
         self.port.stop().unwrap();
         for pool in pools {
             assert_eq!(pool.available(), pool.capacity(), "buffers of {pool:?} are lost");
         }
+    }
+
+    /// The driver broke no rule so far, and nothing failed.
+    pub(crate) fn check(&mut self) {
+        if let Some(control) = &self.control {
+            assert_eq!(control.violation(), None, "the driver broke a rule");
+        }
+        assert_eq!(self.port.next_fault().map(|fault| fault.to_string()), None);
+        assert_eq!(self.port.next_error().map(|error| error.to_string()), None);
     }
 
     /// Sends all of `packets`.

@@ -4,7 +4,7 @@ use underpass::Result;
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::model::Model;
 use underpass::pci::{PciDevice, Run};
-use underpass_drivers::virtio_net::VirtioNet;
+use underpass_drivers::virtio_net::driver::VirtioNet;
 use underpass_drivers::virtio_net::model::{Profile, VirtioNetModel};
 use underpass_drivers::virtio_net::spec::Features;
 
@@ -18,6 +18,8 @@ pub(crate) struct Kind {
     pub(crate) without: Features,
     pub(crate) run: fn() -> Run,
     pub(crate) check_leases: bool,
+    /// The device looks at its queues only when it was notified.
+    pub(crate) notified: bool,
 }
 
 pub(crate) fn inline() -> Run {
@@ -39,11 +41,12 @@ impl Kind {
             all |= without[n].0;
             n += 1;
         }
-        Self { without: Features(all), run, check_leases }
+        Self { without: Features(all), run, check_leases, notified: false }
     }
 
     pub(crate) fn profile(&self, pairs: usize) -> Profile {
-        let profile = Profile { queue_pairs: pairs as u16, ..Profile::default() };
+        let queue_pairs = pairs as u16;
+        let profile = Profile { queue_pairs, notified: self.notified, ..Profile::default() };
         Profile { features: (profile.features - self.without).consistent(), ..profile }
     }
 
@@ -55,9 +58,10 @@ impl Kind {
     pub(crate) fn open(&self, wire: &Wire) -> Bench {
         let pairs = wire.pairs();
         let model = VirtioNetModel::with_peers(self.profile(pairs), wire.peers());
+        let control = model.control();
         let taps = Taps::new((self.run)() == Run::Stepped);
         let port = self.open_model(Box::new(Tapped::new(Box::new(model), &taps))).unwrap();
-        Bench { port: Box::new(port), wire: wire.clone(), taps }
+        Bench { port: Box::new(port), wire: wire.clone(), taps, control: Some(control) }
     }
 
     pub(crate) fn open_model(&self, model: Box<dyn Model>) -> Result<VirtioNet> {
