@@ -1148,7 +1148,10 @@ fn vlan_tags_are_taken_out_and_put_in(kind: &Kind) {
             bench.flush(tx);
             let sent = bench.wire.sent(0);
             // Addresses in two segments may be refused, not sent wrong.
-            assert!(sent.is_empty() && cuts.first() == Some(&5) || sent == [tagged.frame(&[8; 500])], "{cuts:?}");
+            assert!(
+                sent.is_empty() && cuts.first() == Some(&5) || sent == [tagged.frame(&[8; 500])],
+                "{cuts:?}"
+            );
         }
     }
     bench.stop(started, &[&pool]);
