@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 
 use crate::dma::DmaMemory;
 use crate::dma::sealed::{Span, Spanned};
-use crate::pool::Shared;
+use crate::pool::{HEADROOM, Shared};
 
 /// One segment of a packet and, behind it, the rest of the chain. Dropping it gives all of it back to its pool.
 ///
@@ -25,24 +25,32 @@ pub struct Packet(NonNull<Meta>);
 #[repr(C, align(64))]
 pub(crate) struct Meta {
     // Set once, by the pool.
-    pub(crate) buffer: NonNull<u8>,
+    buffer: NonNull<u8>,
     pub(crate) pool: NonNull<Shared>,
     // The rest is the packet's.
     next: Option<Packet>,
     timestamp: u64,
-    pub(crate) capacity: u32,
-    pub(crate) region: u16,
+    content: Content,
+    rss_hash: u32,
+    capacity: u32,
+    region: u16,
     mss: u16,
+    l3_len: u16,
+    l2_len: u8,
+    l4_len: u8,
+}
+
+/// What every use of a buffer says anew, in one 16-byte store.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(16))]
+struct Content {
+    /// `start + len` is at most the capacity, always.
     start: u32,
     len: u32,
-    rss_hash: u32,
     flags: u16,
     port: u16,
     queue: u16,
     vlan: u16,
-    l3_len: u16,
-    l2_len: u8,
-    l4_len: u8,
 }
 
 const _: () =
@@ -114,24 +122,6 @@ pub struct TxOffload {
 }
 
 impl Packet {
-    /// The packet whose metadata `meta` are.
-    ///
-    /// # Safety
-    /// `meta` is of a pool, and the caller is given its buffer by that pool: there is no other `Packet` of it.
-    #[inline]
-    pub(crate) unsafe fn from_meta(meta: NonNull<Meta>) -> Self {
-        Self(meta)
-    }
-
-    /// The metadata, without giving the buffer back: the caller, a pool, has it now.
-    #[inline]
-    pub(crate) fn into_meta(self) -> NonNull<Meta> {
-        let meta = self.0;
-        #[allow(clippy::mem_forget, reason = "the pool takes over what dropping would give back to it")]
-        std::mem::forget(self);
-        meta
-    }
-
     #[inline]
     pub(crate) fn meta(&self) -> &Meta {
         // SAFETY: the metadata live as long as the packet, and nobody changes them but by a &mut of it.
@@ -148,18 +138,45 @@ impl Packet {
     #[inline]
     pub fn reset(&mut self, headroom: u32) {
         let meta = self.meta_mut();
-        meta.start = headroom.min(meta.capacity);
-        meta.len = 0;
-        meta.flags = 0;
-        meta.port = 0;
-        meta.queue = 0;
+        meta.content = Content { start: headroom.min(meta.capacity), ..Content::default() };
         drop(meta.next.take());
+    }
+
+    /// For its pool, whose buffers have room for this: [`reset`](Self::reset) to [`HEADROOM`].
+    #[inline]
+    pub(crate) fn renew(&mut self) {
+        self.meta_mut().content = Content { start: HEADROOM, ..Content::default() };
+    }
+
+    /// For drivers: makes all of the buffer behind `headroom` (less if it is shorter) the first segment's bytes, to be
+    /// handed to a device that writes them; [`received`](Self::received) says later what it wrote.
+    #[inline]
+    pub fn post(&mut self, headroom: u32) {
+        let meta = self.meta_mut();
+        meta.content.start = headroom.min(meta.capacity);
+        meta.content.len = meta.capacity - meta.content.start;
+    }
+
+    /// For drivers: of a segment that was [posted](Self::post) and is back, the device wrote the first `written` bytes. The
+    /// first `header` of them are the device's own words, the rest is what `queue` of `port` received. Whatever was
+    /// known of offloads is forgotten. False, and nothing changes, if so much was not posted, or `written` less than `header`.
+    #[inline]
+    #[must_use = "a device that says so lies"]
+    pub fn received(&mut self, header: u32, written: u32, port: u16, queue: u16) -> bool {
+        let meta = self.meta_mut();
+        let Content { start, len: posted, .. } = meta.content;
+        let fits = header <= written && written <= posted;
+        if fits {
+            let (start, len) = (start + header, written - header);
+            meta.content = Content { start, len, port, queue, ..Content::default() };
+        }
+        fits
     }
 
     /// Bytes in all segments of the chain.
     #[inline]
     pub fn len(&self) -> usize {
-        self.segments().map(|segment| segment.meta().len as usize).sum()
+        self.segments().map(|segment| segment.meta().content.len as usize).sum()
     }
 
     /// Whether there are no bytes in any segment.
@@ -173,10 +190,10 @@ impl Packet {
     pub fn data(&self) -> &[u8] {
         let meta = self.meta();
         // SAFETY: start <= capacity (invariant), so that this is inside the buffer or one past its end.
-        let first = unsafe { meta.buffer.add(meta.start as usize) };
+        let first = unsafe { meta.buffer.add(meta.content.start as usize) };
         // SAFETY: start + len <= capacity; a region's bytes are always initialised; nobody has a mutable reference to
         // them (module invariant).
-        unsafe { std::slice::from_raw_parts(first.as_ptr(), meta.len as usize) }
+        unsafe { std::slice::from_raw_parts(first.as_ptr(), meta.content.len as usize) }
     }
 
     /// The first segment's bytes, to be changed.
@@ -184,22 +201,22 @@ impl Packet {
     pub fn data_mut(&mut self) -> &mut [u8] {
         let meta = self.meta_mut();
         // SAFETY: as in `data`.
-        let first = unsafe { meta.buffer.add(meta.start as usize) };
+        let first = unsafe { meta.buffer.add(meta.content.start as usize) };
         // SAFETY: as in `data`; and self is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(first.as_ptr(), meta.len as usize) }
+        unsafe { std::slice::from_raw_parts_mut(first.as_ptr(), meta.content.len as usize) }
     }
 
     /// Bytes free before the first segment's.
     #[inline]
     pub fn headroom(&self) -> usize {
-        self.meta().start as usize
+        self.meta().content.start as usize
     }
 
     /// Bytes free behind the first segment's.
     #[inline]
     pub fn tailroom(&self) -> usize {
         let meta = self.meta();
-        (meta.capacity - meta.start - meta.len) as usize
+        (meta.capacity - meta.content.start - meta.content.len) as usize
     }
 
     /// Puts `len` bytes before the first segment's, with whatever is there, and returns them; `None` if there is less
@@ -210,8 +227,8 @@ impl Packet {
             return None;
         }
         let meta = self.meta_mut();
-        meta.start -= len as u32;
-        meta.len += len as u32;
+        meta.content.start -= len as u32;
+        meta.content.len += len as u32;
         Some(&mut self.data_mut()[..len])
     }
 
@@ -223,8 +240,8 @@ impl Packet {
             return None;
         }
         let meta = self.meta_mut();
-        let before = meta.len as usize;
-        meta.len += len as u32;
+        let before = meta.content.len as usize;
+        meta.content.len += len as u32;
         Some(&mut self.data_mut()[before..])
     }
 
@@ -232,10 +249,10 @@ impl Packet {
     #[inline]
     pub fn trim_front(&mut self, len: usize) -> bool {
         let meta = self.meta_mut();
-        let fits = len <= meta.len as usize;
+        let fits = len <= meta.content.len as usize;
         if fits {
-            meta.start += len as u32;
-            meta.len -= len as u32;
+            meta.content.start += len as u32;
+            meta.content.len -= len as u32;
         }
         fits
     }
@@ -244,9 +261,9 @@ impl Packet {
     #[inline]
     pub fn truncate(&mut self, len: usize) -> bool {
         let meta = self.meta_mut();
-        let fits = len <= meta.len as usize;
+        let fits = len <= meta.content.len as usize;
         if fits {
-            meta.len = len as u32;
+            meta.content.len = len as u32;
         }
         fits
     }
@@ -275,39 +292,40 @@ impl Packet {
         self.meta_mut().next.take()
     }
 
-    /// Appends `tail`, a packet of one or more segments, behind the last segment.
+    /// Appends `tail`, a packet of one or more segments, behind the last segment. That is found by going through all of
+    /// them: a long chain is best made from its end.
     pub fn chain(&mut self, tail: Packet) {
-        let mut last = self;
-        while last.meta().next.is_some() {
-            last = last.meta_mut().next.as_mut().expect("there is one");
+        let mut end = &mut self.meta_mut().next;
+        while let Some(segment) = end {
+            end = &mut segment.meta_mut().next;
         }
-        last.meta_mut().next = Some(tail);
+        *end = Some(tail);
     }
 
     /// The port that received it, as its [configuration](crate::net::Config::port) numbers it.
     #[inline]
     pub fn port(&self) -> u16 {
-        self.meta().port
+        self.meta().content.port
     }
 
     /// The queue that received it.
     #[inline]
     pub fn queue(&self) -> u16 {
-        self.meta().queue
+        self.meta().content.queue
     }
 
     /// For drivers: says where it was received.
     #[inline]
     pub fn set_source(&mut self, port: u16, queue: u16) {
         let meta = self.meta_mut();
-        (meta.port, meta.queue) = (port, queue);
+        (meta.content.port, meta.content.queue) = (port, queue);
     }
 
     /// The receive-side scaling hash that the device computed.
     #[inline]
     pub fn rss_hash(&self) -> Option<u32> {
         let meta = self.meta();
-        (meta.flags & flag::RSS_HASH != 0).then_some(meta.rss_hash)
+        (meta.content.flags & flag::RSS_HASH != 0).then_some(meta.rss_hash)
     }
 
     /// For drivers: the hash that the device computed.
@@ -315,29 +333,30 @@ impl Packet {
     pub fn set_rss_hash(&mut self, hash: u32) {
         let meta = self.meta_mut();
         meta.rss_hash = hash;
-        meta.flags |= flag::RSS_HASH;
+        meta.content.flags |= flag::RSS_HASH;
     }
 
     /// The VLAN tag control information that the device took out (received), or is to put in (to send).
     #[inline]
     pub fn vlan(&self) -> Option<u16> {
         let meta = self.meta();
-        (meta.flags & flag::VLAN != 0).then_some(meta.vlan)
+        (meta.content.flags & flag::VLAN != 0).then_some(meta.content.vlan)
     }
 
     /// Sets or removes the tag control information of [`vlan`](Self::vlan).
     #[inline]
     pub fn set_vlan(&mut self, tci: Option<u16>) {
         let meta = self.meta_mut();
-        meta.vlan = tci.unwrap_or(0);
-        meta.flags = if tci.is_some() { meta.flags | flag::VLAN } else { meta.flags & !flag::VLAN };
+        meta.content.vlan = tci.unwrap_or(0);
+        meta.content.flags =
+            if tci.is_some() { meta.content.flags | flag::VLAN } else { meta.content.flags & !flag::VLAN };
     }
 
     /// When the device received it, in nanoseconds of the device's clock.
     #[inline]
     pub fn timestamp(&self) -> Option<u64> {
         let meta = self.meta();
-        (meta.flags & flag::TIMESTAMP != 0).then_some(meta.timestamp)
+        (meta.content.flags & flag::TIMESTAMP != 0).then_some(meta.timestamp)
     }
 
     /// Says when it was received.
@@ -345,13 +364,13 @@ impl Packet {
     pub fn set_timestamp(&mut self, nanoseconds: u64) {
         let meta = self.meta_mut();
         meta.timestamp = nanoseconds;
-        meta.flags |= flag::TIMESTAMP;
+        meta.content.flags |= flag::TIMESTAMP;
     }
 
     /// What the device found of its checksums.
     #[inline]
     pub fn checksum(&self) -> Checksum {
-        match (self.meta().flags & flag::CHECKSUM) >> flag::CHECKSUM_SHIFT {
+        match (self.meta().content.flags & flag::CHECKSUM) >> flag::CHECKSUM_SHIFT {
             1 => Checksum::Good,
             2 => Checksum::Bad,
             3 => Checksum::Partial,
@@ -363,14 +382,14 @@ impl Packet {
     #[inline]
     pub fn set_checksum(&mut self, checksum: Checksum) {
         let meta = self.meta_mut();
-        meta.flags = meta.flags & !flag::CHECKSUM | (checksum as u16) << flag::CHECKSUM_SHIFT;
+        meta.content.flags = meta.content.flags & !flag::CHECKSUM | (checksum as u16) << flag::CHECKSUM_SHIFT;
     }
 
     /// What it asks of the device that sends it.
     #[inline]
     pub fn tx_offload(&self) -> Option<TxOffload> {
         let meta = self.meta();
-        let has = |bit| meta.flags & bit != 0;
+        let has = |bit| meta.content.flags & bit != 0;
         if !has(flag::TX_IP_CHECKSUM | flag::TX_L4_CHECKSUM | flag::TX_SEGMENT) {
             return None;
         }
@@ -393,7 +412,7 @@ impl Packet {
         const ALL: u16 =
             flag::TX_IP_CHECKSUM | flag::TX_L4_CHECKSUM | flag::TX_SEGMENT | flag::TX_UDP | flag::TX_IPV6;
         let meta = self.meta_mut();
-        meta.flags &= !ALL;
+        meta.content.flags &= !ALL;
         let Some(offload) = offload else { return };
         (meta.l2_len, meta.l3_len, meta.l4_len) = (offload.l2_len, offload.l3_len, offload.l4_len);
         meta.mss = offload.segment;
@@ -404,15 +423,25 @@ impl Packet {
             (offload.transport == Transport::Udp, flag::TX_UDP),
             (offload.ipv6, flag::TX_IPV6),
         ] {
-            meta.flags |= if asked { bit } else { 0 };
+            meta.content.flags |= if asked { bit } else { 0 };
         }
     }
 
-    /// Takes the buffer out of the chain's head, leaving the rest: for the pool.
+    /// Gives the chain behind the first segment back, one segment after the other: it may be too long to recurse.
+    #[inline(never)]
+    fn free_next(&mut self) {
+        let mut next = self.take_next();
+        while let Some(mut segment) = next {
+            next = segment.take_next();
+        }
+    }
+
+    /// For pools: 0 for a packet of one segment of `pool`.
     #[inline]
-    pub(crate) fn split_head(mut self) -> (NonNull<Meta>, Option<Packet>) {
-        let next = self.take_next();
-        (self.into_meta(), next)
+    pub(crate) fn oddness(&self, pool: NonNull<Shared>) -> usize {
+        let meta = self.meta();
+        let next = meta.next.as_ref().map_or(0, |next| next.0.addr().get());
+        next | (meta.pool.addr().get() ^ pool.addr().get())
     }
 }
 
@@ -423,8 +452,8 @@ impl Spanned for Packet {
         let meta = self.meta();
         Span {
             region: meta.region as usize,
-            address: meta.buffer.as_ptr() as u64 + u64::from(meta.start),
-            len: meta.len.into(),
+            address: meta.buffer.as_ptr() as u64 + u64::from(meta.content.start),
+            len: meta.content.len.into(),
         }
     }
 }
@@ -434,14 +463,11 @@ impl DmaMemory for Packet {}
 impl Drop for Packet {
     #[inline]
     fn drop(&mut self) {
-        // SAFETY: dropped once, so that this is the only Packet of the buffer from here on.
-        let mut packet = Some(unsafe { Self::from_meta(self.0) });
-        while let Some(segment) = packet {
-            let (meta, next) = segment.split_head();
-            // SAFETY: the buffer has no Packet any more.
-            unsafe { Shared::put(meta) };
-            packet = next;
+        if self.meta().next.is_some() {
+            self.free_next();
         }
+        // SAFETY: it has no chain any more, and as it is being dropped, no Packet.
+        unsafe { Shared::put_one(self.0) };
     }
 }
 
@@ -464,19 +490,17 @@ impl Meta {
             pool,
             next: None,
             timestamp: 0,
+            content: Content::default(),
+            rss_hash: 0,
             capacity,
             region,
             mss: 0,
-            start: 0,
-            len: 0,
-            rss_hash: 0,
-            flags: 0,
-            port: 0,
-            queue: 0,
-            vlan: 0,
             l3_len: 0,
             l2_len: 0,
             l4_len: 0,
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

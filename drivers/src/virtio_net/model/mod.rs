@@ -184,7 +184,7 @@ impl VirtioNetModel {
     /// What [`PeerSpec::open`] gives.
     pub fn new(profile: Profile) -> Result<Self> {
         let profile = profile.in_range();
-        let peers = profile.peer.open(profile.queue_pairs.into())?;
+        let peers = profile.peer.open(profile.queue_pairs.into(), profile.mac)?;
         Ok(Self::with_peers(profile, peers))
     }
 
