@@ -218,7 +218,10 @@ fn isolated(stage: &Stage, chains: &[Chain], closed: usize) {
     });
     let refused = refused.count();
     // Those that were dropped may have gone back to the device already.
-    assert!(refused >= closed && refused <= closed + 2, "{refused} are closed to the device, {closed} were received");
+    assert!(
+        refused >= closed && refused <= closed + 2,
+        "{refused} are closed to the device, {closed} were received"
+    );
 }
 
 #[test]
@@ -238,7 +241,8 @@ fn a_used_buffer_is_believed_only_where_it_can_be_true() {
         }
         if !is_packed(kind) {
             for id in [0x1_0000, 0x8000_0000, u32::MAX] {
-                let outcome = lie_of_a_buffer(&mut stage, |ring, bus, _| ring.give_raw(bus, id, HEADER + 700, 1));
+                let outcome =
+                    lie_of_a_buffer(&mut stage, |ring, bus, _| ring.give_raw(bus, id, HEADER + 700, 1));
                 assert_eq!(outcome, Outcome::Gone, "id {id}");
                 restart(&mut stage, outcome);
             }
@@ -568,7 +572,8 @@ fn suppressed_notifications_are_only_a_hint() {
 #[test]
 fn a_storm_of_nonsense_loses_no_buffer() {
     for (kind, seed) in [(&SPLIT, 1), (&PACKED, 2), (&IN_ORDER[0], 3), (&IN_ORDER[1], 4)] {
-        let mut stage = Stage::with(kind, |config| config.offloads = Offloads::RX_SCATTER | Offloads::RX_CHECKSUM);
+        let mut stage =
+            Stage::with(kind, |config| config.offloads = Offloads::RX_SCATTER | Offloads::RX_CHECKSUM);
         let mut random = Random(seed);
         let begin = Instant::now();
         let (mut restarts, mut received, mut held) = (0, 0, Vec::new());
@@ -578,7 +583,8 @@ fn a_storm_of_nonsense_loses_no_buffer() {
                 let (rx, tx) = (random.coin(), random.coin());
                 if rx && let Some(chain) = stage.on_rx(take_any) {
                     let len = if random.below(8) == 0 { random.next() as u32 } else { HEADER + 100 };
-                    let header = Header { num_buffers: 1 + u16::from(random.below(9) == 0), ..Header::default() };
+                    let header =
+                        Header { num_buffers: 1 + u16::from(random.below(9) == 0), ..Header::default() };
                     let _ = stage.with_bus(|bus| chain.write(bus, &headed(header, &numbered(1, 1, 100))));
                     stage.on_rx(|ring, bus| ring.give(bus, &chain, len));
                 }
@@ -630,7 +636,10 @@ fn take_any(ring: &mut DeviceRing, bus: &mut Bus) -> Option<Chain> {
 /// Writes some words of the rings.
 fn storm(stage: &Stage, random: &mut Random) {
     for ring in [&stage.rx, &stage.tx] {
-        let areas = [(ring.setup.desc, 16 * u64::from(ring.setup.size)), (ring.setup.device, 8 * u64::from(ring.setup.size))];
+        let areas = [
+            (ring.setup.desc, 16 * u64::from(ring.setup.size)),
+            (ring.setup.device, 8 * u64::from(ring.setup.size)),
+        ];
         let (base, len) = areas[random.below(2)];
         let at = Iova::new(base + (random.next() % len & !7));
         let value = match random.below(3) {
@@ -713,7 +722,8 @@ fn registers_that_make_no_sense_are_refused() {
     ];
     for (what, register, value) in refused {
         let error = try_out(&SPLIT, fixed(register, value)).expect_err(what);
-        let kinds = [ErrorKind::Device, ErrorKind::Unsupported, ErrorKind::Exhausted, ErrorKind::InvalidInput];
+        let kinds =
+            [ErrorKind::Device, ErrorKind::Unsupported, ErrorKind::Exhausted, ErrorKind::InvalidInput];
         assert!(kinds.contains(&error.kind()), "{what}: {error}");
     }
     // A group's address is no port's own.
@@ -762,9 +772,12 @@ fn registers_that_change_all_the_time_end_nothing() {
                     let mut random = Random(lane * 1000 + turn);
                     let often = 2 + random.below(60);
                     let kind = if turn % 2 == 0 { &SPLIT } else { &PACKED };
-                    let result = try_out(kind, move |_, honest| {
-                        if random.below(often) == 0 { random.next() } else { honest }
-                    });
+                    let result = try_out(
+                        kind,
+                        move |_, honest| {
+                            if random.below(often) == 0 { random.next() } else { honest }
+                        },
+                    );
                     *(if result.is_ok() { &mut good } else { &mut bad }) += 1;
                 }
                 assert!(good + bad == 12 && bad > 0);
@@ -783,9 +796,11 @@ fn a_configuration_that_changes_under_way_changes_no_promise() {
     let mut random = Random(4);
     for turn in 0..30 {
         let bad = random.next();
-        taps.lie_on_read(move |which, honest| {
-            if matches!(which, Register::Device(_)) && turn % 3 != 0 { bad } else { honest }
-        });
+        taps.lie_on_read(
+            move |which, honest| {
+                if matches!(which, Register::Device(_)) && turn % 3 != 0 { bad } else { honest }
+            },
+        );
         let config = Config { rx_queues: 2, tx_queues: 2, ..Config::new(&pool) };
         let config = Config { rx_depth: 16, tx_depth: 16, ..config };
         let started = port.start(&config);
@@ -879,13 +894,19 @@ fn capabilities_that_lead_nowhere_are_refused() {
     }
     check("a multiplier that leads out of the BAR".to_owned(), set(cfg_type::NOTIFY, 14, 0x8000_0000));
     check("the largest".to_owned(), set(cfg_type::NOTIFY, 14, u32::MAX));
-    check("no device configuration".to_owned(), open(&|all| all.retain_mut(|cap| !of(cfg_type::DEVICE)(&cap))));
+    check(
+        "no device configuration".to_owned(),
+        open(&|all| all.retain_mut(|cap| !of(cfg_type::DEVICE)(&cap))),
+    );
     check("a short one".to_owned(), set(cfg_type::DEVICE, 10, 4));
     // All queues at one address is allowed.
     set(cfg_type::NOTIFY, 14, 0).unwrap();
     // Nonsense of a kind that is not needed, or that no driver knows, is passed over; so is a second one of a kind.
     set(cfg_type::ISR, 2, 255).unwrap();
-    open(&|all| all.insert(0, (CAP_ID, vec![16, 77, 255, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]))).unwrap();
+    open(&|all| {
+        all.insert(0, (CAP_ID, vec![16, 77, 255, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]))
+    })
+    .unwrap();
     open(&|all| {
         let common = all.iter_mut().find(of(cfg_type::COMMON)).unwrap().clone();
         let mut broken = common;
@@ -898,7 +919,11 @@ fn capabilities_that_lead_nowhere_are_refused() {
 /// A port with a device that will not be reset.
 fn stuck(taps: &Taps) {
     taps.lie_on_read(|which, honest| {
-        if which == Register::Common(common::DEVICE_STATUS) { honest | u64::from(status::DRIVER) } else { honest }
+        if which == Register::Common(common::DEVICE_STATUS) {
+            honest | u64::from(status::DRIVER)
+        } else {
+            honest
+        }
     });
 }
 
@@ -958,7 +983,9 @@ fn a_removed_device_is_given_up() {
     let error = stage.bench.port.stop().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Gone), "{error}");
     assert!(begin.elapsed() < SOON);
-    assert!(stage.bench.port.set_promiscuous(false).is_err() || stage.bench.port.start(&stage.config).is_err());
+    assert!(
+        stage.bench.port.set_promiscuous(false).is_err() || stage.bench.port.start(&stage.config).is_err()
+    );
 }
 
 /// Dropped while its device does not stop: leaks, and says so in the log.

@@ -86,7 +86,14 @@ impl DeviceRing {
 
     /// One that is not there.
     pub(crate) fn unused() -> Self {
-        Self { setup: QueueSetup::default(), packed: false, next: 0, next_wrap: true, used: 0, used_wrap: true }
+        Self {
+            setup: QueueSetup::default(),
+            packed: false,
+            next: 0,
+            next_wrap: true,
+            used: 0,
+            used_wrap: true,
+        }
     }
 
     /// Goes to where the device has used all that is available, in a ring of buffers that take one entry each.
@@ -231,7 +238,8 @@ impl DeviceRing {
         } else {
             let event = used::avail_event(self.setup.size) as u64;
             bus.store(None, Iova::new(self.setup.device + event), nonsense as u16).unwrap();
-            bus.store(None, Iova::new(self.setup.device + used::FLAGS as u64), (nonsense >> 16) as u16).unwrap();
+            bus.store(None, Iova::new(self.setup.device + used::FLAGS as u64), (nonsense >> 16) as u16)
+                .unwrap();
         }
     }
 }
