@@ -25,6 +25,7 @@ mod packet;
 pub mod pci;
 pub mod pool;
 pub mod ring;
+pub mod tap;
 pub mod worker;
 
 pub use burst::Burst;

@@ -194,7 +194,7 @@ impl VirtioNet {
         }
         self.filters.promiscuous = config.promiscuous;
         self.failure_reported = false;
-        self.bring_up(config, plan).inspect_err(|_| {
+        self.bring_up(config, &plan).inspect_err(|_| {
             // An error here is logged, and there on the next start.
             let _ = self.halt();
         })
@@ -256,7 +256,8 @@ impl Port for VirtioNet {
             };
             Ok(Link {
                 up: status & link::UP != 0,
-                speed: (speed <= i32::MAX as u32).then_some(speed),
+                // A larger value is an unknown one.
+                speed: i32::try_from(speed).is_ok().then_some(speed),
                 full_duplex: match duplex {
                     config::DUPLEX_FULL => Some(true),
                     config::DUPLEX_HALF => Some(false),

@@ -6,7 +6,7 @@ use underpass::pci::{PciDevice, cap};
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool, Result};
 
-use super::transport::{Transport, nonsense};
+use super::transport::{DeviceConfig, Transport, nonsense};
 use super::tx::MAX_CHAIN;
 use crate::virtio_net::spec::control::VQ_PAIRS_MAX;
 use crate::virtio_net::spec::net::{
@@ -26,6 +26,9 @@ const MAX_MTU: u16 = u16::MAX - FRAME_OVERHEAD as u16;
 /// The longest packet that may arrive where segments are joined, from the Ethernet header on ("Setting Up Receive
 /// Buffers", 5.1.6.3).
 pub(super) const MAX_LARGE: usize = 65_589;
+
+/// The least room in a buffer, of which a packet may fill several.
+const MIN_ROOM: usize = 64;
 
 /// The longest RSS table that this driver sends, so that the command fits into the memory that it has for commands.
 pub(super) const MAX_RSS_TABLE: usize = 2048;
@@ -170,7 +173,7 @@ impl Offer {
             return Err(nonsense("rss_max_indirection_table_length", why));
         }
         let mac = if features.contains(Features::MAC) {
-            MacAddr(transport.config(|config| config.mac())?)
+            MacAddr(transport.config(DeviceConfig::mac)?)
         } else {
             local_mac(device.name())
         };
@@ -219,8 +222,8 @@ impl Offer {
 
     /// What to start for `config`, with VLAN filters or without.
     pub(super) fn plan(&self, config: &Config, vlan_filter: bool) -> Result<Plan> {
-        let rx_queues = at_most("receive queues", config.rx_queues.max(1), self.max_pairs.into())?;
-        let tx_queues = at_most("transmit queues", config.tx_queues.max(1), self.max_pairs.into())?;
+        let rx_queues = at_most("receive queues", config.rx_queues.max(1), self.max_pairs)?;
+        let tx_queues = at_most("transmit queues", config.tx_queues.max(1), self.max_pairs)?;
         let rx_depth = depth("packets on a receive queue", config.rx_depth, self.max_rx_depth)?;
         let tx_depth = depth("packets on a transmit queue", config.tx_depth, self.max_tx_depth)?;
         let mtu = match config.mtu {
@@ -250,9 +253,9 @@ impl Offer {
         }
         let frame = usize::from(mtu) + FRAME_OVERHEAD;
         let scatter = offloads.contains(Offloads::RX_SCATTER);
-        if room < frame && !scatter {
+        if room < if scatter { MIN_ROOM } else { frame } {
             let why = format!(
-                "frames of {frame} bytes do not fit into the pool's buffers, which have room for {room}"
+                "frames of {frame} bytes are to fit into the pool's buffers, which have room for {room}"
             );
             return Err(invalid(why).mend(format!(
                 "make them at least {} bytes long, take a smaller MTU, or ask for rx-scatter",

@@ -59,12 +59,9 @@ struct Frames {
     max: usize,
     port: u16,
     queue: u16,
-    checksums: bool,
-    hashes: bool,
-    strip_vlan: bool,
-    /// A packet may fill several buffers (`MRG_RXBUF`).
-    scatter: bool,
-    /// The buffers so far of one that fills several, and how many are missing.
+    /// With `RX_SCATTER` a packet may fill several buffers (`MRG_RXBUF`).
+    offloads: Offloads,
+    /// The buffers so far of one that does, and how many are missing.
     parts: Burst<Packet>,
     missing: usize,
 }
@@ -87,18 +84,14 @@ pub(super) struct RxParts {
 
 impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
     pub(super) fn new(queue: Q, parts: RxParts) -> Self {
-        let has = |offload| parts.offloads.contains(offload);
-        let scatter = has(Offloads::RX_SCATTER);
+        let scatter = parts.offloads.contains(Offloads::RX_SCATTER);
         let frames = Frames {
             space: parts.space,
             header_len: parts.header_len as u32,
             max: parts.max_frame,
             port: parts.port,
             queue: parts.index,
-            checksums: has(Offloads::RX_CHECKSUM),
-            hashes: has(Offloads::RSS_HASH),
-            strip_vlan: has(Offloads::RX_VLAN),
-            scatter,
+            offloads: parts.offloads,
             parts: Burst::with_capacity(if scatter { queue.size().into() } else { 0 }),
             missing: 0,
         };
@@ -198,7 +191,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             };
             // Emptied before looking: whatever is used after the look signals it again.
             interrupt.drain();
-            let lent = self.device.lend(self.frames.queue.into());
+            let is_lent = self.device.lend(self.frames.queue.into());
             if self.queue.enable_notifications() || !self.status.is_running() {
                 break;
             }
@@ -206,7 +199,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             if left.is_some_and(|left| left.is_zero()) {
                 break;
             }
-            let slice = if lent { LEND } else { LOOK };
+            let slice = if is_lent { LEND } else { LOOK };
             interrupt.wait(Some(left.map_or(slice, |left| left.min(slice))))?;
         }
         self.queue.disable_notifications();
@@ -230,15 +223,17 @@ impl Frames {
         }
         // Copied out, once. There was room for it.
         let (header, hash) = match HashHeader::read_from_prefix(packet.data()) {
-            Ok((HashHeader { header, .. }, _)) if !self.hashes => (header, None),
+            Ok((HashHeader { header, .. }, _)) if !self.offloads.contains(Offloads::RSS_HASH) => {
+                (header, None)
+            }
             Ok((hash, _)) => (hash.header, (hash.hash_report != hash_report::NONE).then(|| hash.hash())),
-            Err(_) => return Ok(None),
+            Err(_) => return Err("a buffer has no room for a header"),
         };
         if !packet.received(self.header_len, written, self.port, self.queue) {
             sum.errors += 1;
             return Ok(None);
         }
-        if self.checksums {
+        if self.offloads.contains(Offloads::RX_CHECKSUM) {
             if header.flags & header_flag::NEEDS_CSUM != 0 {
                 packet.set_checksum(Checksum::Partial);
             } else if header.flags & header_flag::DATA_VALID != 0 {
@@ -248,7 +243,7 @@ impl Frames {
         if let Some(hash) = hash {
             packet.set_rss_hash(hash);
         }
-        if self.scatter && header.num_buffers != 1 {
+        if self.offloads.contains(Offloads::RX_SCATTER) && header.num_buffers != 1 {
             return self.begin(packet, header.num_buffers.into(), sum);
         }
         let len = packet.data().len();
@@ -308,7 +303,7 @@ impl Frames {
             return None;
         }
         sum.bytes += len as u64;
-        if self.strip_vlan {
+        if self.offloads.contains(Offloads::RX_VLAN) {
             strip_vlan(&mut packet);
         }
         Some(packet)

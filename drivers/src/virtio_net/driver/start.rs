@@ -93,7 +93,7 @@ impl Setups {
 
 impl VirtioNet {
     /// Brings the device up for `plan`. What an error leaves behind, [`halt`](Self::halt) takes down.
-    pub(super) fn bring_up(&mut self, config: &Config, plan: Plan) -> Result<Started> {
+    pub(super) fn bring_up(&mut self, config: &Config, plan: &Plan) -> Result<Started> {
         if plan.features.contains(Features::RING_PACKED) {
             self.bring_up_with::<PackedQueue<Packet>, PackedQueue<()>>(config, plan)
         } else {
@@ -101,23 +101,23 @@ impl VirtioNet {
         }
     }
 
-    fn bring_up_with<Q, C>(&mut self, config: &Config, plan: Plan) -> Result<Started>
+    fn bring_up_with<Q, C>(&mut self, config: &Config, plan: &Plan) -> Result<Started>
     where
         Q: Virtqueue<Token = Packet> + Send + 'static,
         C: Virtqueue<Token = ()> + Send + 'static,
     {
-        let setups = Setups::of(&plan);
-        let mut memory = self.prepare(plan.clone(), setups.memory_len::<Q, C>(&plan))?;
+        let setups = Setups::of(plan);
+        let mut memory = self.prepare(plan.clone(), setups.memory_len::<Q, C>(plan))?;
         self.transport.reset()?;
         self.transport.accept(plan.features)?;
-        let rx = self.receive_queues::<Q>(config, &plan, &setups.rx, &mut memory)?;
-        let tx = self.transmit_queues::<Q>(&plan, &setups.tx, &mut memory)?;
-        let control = self.control_queue::<C>(&plan, &setups.control, &mut memory)?;
+        let rx = self.receive_queues::<Q>(config, plan, &setups.rx, &mut memory)?;
+        let tx = self.transmit_queues::<Q>(plan, &setups.tx, &mut memory)?;
+        let control = self.control_queue::<C>(plan, &setups.control, &mut memory)?;
         self.transport.go();
         if let Some(running) = &mut self.running {
             running.control = control;
         }
-        self.apply(&plan)?;
+        self.apply(plan)?;
         // Queues are notified only now that the device may use them.
         let mut rx: Vec<_> = rx.iter().filter_map(Home::lend).collect();
         rx.iter_mut().filter_map(Lease::ring_mut).for_each(RxRing::refill);
@@ -143,13 +143,13 @@ impl VirtioNet {
             region = region.numa_node(node);
         }
         let memory = region.build()?;
+        let rings = Memory(DmaBuf::new(Arc::clone(&memory))?);
         let space = self.space_mut()?;
         space.map(headers.region(), Access::READ)?;
         if let Err(error) = space.map(&memory, Access::READ_WRITE) {
             space.unmap(headers.region())?;
             return Err(error);
         }
-        let rings = Memory(DmaBuf::new(Arc::clone(&memory))?);
         self.running = Some(Running { plan, queues: Vec::new(), control: None, memory, headers });
         Ok(rings)
     }
@@ -312,7 +312,9 @@ impl VirtioNet {
         let Some(running) = self.running.take() else { return Ok(()) };
         if let Err(error) = self.transport.reset() {
             self.is_gone = true;
-            running.queues.iter().for_each(|queue| queue.home.leak());
+            for queue in &running.queues {
+                queue.home.leak();
+            }
             running.memory.leak();
             tracing::error!("{}: it did not stop: its memory is leaked", self.device.name());
             let kept = (running, Arc::clone(&self.space), Arc::clone(&self.attachment));
@@ -321,8 +323,10 @@ impl VirtioNet {
             return Err(error);
         }
         let Running { queues, control, memory, headers, .. } = running;
-        queues.iter().for_each(|queue| queue.home.close());
-        drop((queues, control));
+        for queue in queues {
+            queue.home.close();
+        }
+        drop(control);
         // A queue that is still lent out keeps the space as it is.
         if let Some(space) = Arc::get_mut(&mut self.space) {
             space.unmap(&memory)?;

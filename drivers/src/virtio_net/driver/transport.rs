@@ -35,7 +35,7 @@ pub(super) struct Transport {
     notify_offset: u64,
     notify_multiplier: u32,
     /// What only a network device has; `None` where it has none of it.
-    device: Option<Bar>,
+    device: Option<DeviceConfig>,
 }
 
 /// How one queue is set up.
@@ -138,7 +138,13 @@ impl Transport {
         let (notify, notify_offset, notify_multiplier) =
             notify.ok_or_else(|| missing("the notification structure"))?;
         let common = common.ok_or_else(|| missing("the common configuration structure"))?;
-        Ok(Self { common, notify, notify_offset: notify_offset.into(), notify_multiplier, device: specific })
+        Ok(Self {
+            common,
+            notify,
+            notify_offset: notify_offset.into(),
+            notify_multiplier,
+            device: specific.map(DeviceConfig),
+        })
     }
 
     /// Resets the device, which does no DMA once this has returned without an error; then says that there is a driver
@@ -269,14 +275,14 @@ impl Transport {
 
     /// Reads the device's own configuration through `read`, again if it changed meanwhile ("Driver Requirements: Device
     /// Configuration Space", 2.5.2).
-    pub(super) fn config<T>(&self, read: impl Fn(&DeviceConfig<'_>) -> Result<T>) -> Result<T> {
-        let Some(bar) = &self.device else {
+    pub(super) fn config<T>(&self, read: impl Fn(&DeviceConfig) -> Result<T>) -> Result<T> {
+        let Some(device) = &self.device else {
             return Err(nonsense("the device configuration structure", "no capability points to it"));
         };
         let generation = || self.common.read8(common::CONFIG_GENERATION);
         let answer = poll(|| {
             let before = generation();
-            let value = read(&DeviceConfig { bar });
+            let value = read(device);
             (generation() == before).then_some(value)
         });
         answer.unwrap_or_else(|| {
@@ -287,36 +293,34 @@ impl Transport {
 }
 
 /// The fields of `struct virtio_net_config`.
-pub(super) struct DeviceConfig<'a> {
-    bar: &'a Bar,
-}
+pub(super) struct DeviceConfig(Bar);
 
-impl DeviceConfig<'_> {
+impl DeviceConfig {
     fn check(&self, offset: u64, bytes: u64) -> Result<()> {
-        if offset + bytes <= self.bar.len() {
+        if offset + bytes <= self.0.len() {
             return Ok(());
         }
-        let why = format!("its {} bytes do not reach to a field at {offset}", self.bar.len());
+        let why = format!("its {} bytes do not reach to a field at {offset}", self.0.len());
         Err(nonsense("the device configuration structure", why))
     }
 
     pub(super) fn mac(&self) -> Result<[u8; 6]> {
         self.check(net::config::MAC, 6)?;
-        Ok(std::array::from_fn(|n| self.bar.read8(net::config::MAC + n as u64)))
+        Ok(std::array::from_fn(|n| self.0.read8(net::config::MAC + n as u64)))
     }
 
     pub(super) fn read8(&self, offset: u64) -> Result<u8> {
         self.check(offset, 1)?;
-        Ok(self.bar.read8(offset))
+        Ok(self.0.read8(offset))
     }
 
     pub(super) fn read16(&self, offset: u64) -> Result<u16> {
         self.check(offset, 2)?;
-        Ok(self.bar.read16(offset))
+        Ok(self.0.read16(offset))
     }
 
     pub(super) fn read32(&self, offset: u64) -> Result<u32> {
         self.check(offset, 4)?;
-        Ok(self.bar.read32(offset))
+        Ok(self.0.read32(offset))
     }
 }

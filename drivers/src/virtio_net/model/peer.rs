@@ -1,12 +1,22 @@
 //! What is at the other end of the software device's cable: a [`Peer`] for each queue pair, made by a [`PeerSpec`].
 
+mod cable;
 mod counters;
+mod generator;
 mod loopback;
 mod options;
+mod pcap;
+mod random;
+mod sink;
 mod slot;
+mod tap;
 
+pub use cable::Impairments;
 pub use counters::{Counter, PeerCounters};
+pub use generator::{Traffic, TrafficProtocol};
 pub use options::{PeerOption, PeerSpec};
+pub use pcap::Pace;
+pub use random::Chance;
 
 use std::sync::Arc;
 
@@ -64,7 +74,8 @@ pub trait Peer: Send {
     /// A peer that does not [carry offloads](Self::carries_offloads) never refuses one.
     fn transmit(&mut self, frame: Frame<'_>) -> bool;
 
-    /// The next frame for the driver. The device asks only while it has buffers for one.
+    /// The next frame for the driver. The device asks only while it has buffers for one, and also while the link is down:
+    /// what was under way still arrives.
     fn receive(&mut self) -> Option<Frame<'_>>;
 
     /// Whether the link is up.
