@@ -41,6 +41,12 @@ fn bursts(
     assert_eq!((pool.exhausted(), pool.outstanding()), (0, 0));
 }
 
+fn one(c: &mut Criterion) {
+    let _slot = Slot::claim();
+    let pool = Pool::builder(8_192).build().unwrap();
+    c.bench_function("cache/one", |b| b.iter(|| pool.alloc()));
+}
+
 fn pool(c: &mut Criterion) {
     bursts(c, "cache/raw", 512, Pool::alloc_raw, Burst::free);
     bursts(c, "cache/packets", 512, Pool::alloc_burst, Burst::free);
@@ -49,5 +55,5 @@ fn pool(c: &mut Criterion) {
     bursts(c, "ring/packets", 0, Pool::alloc_burst, Burst::free);
 }
 
-criterion_group!(benches, pool);
+criterion_group!(benches, one, pool);
 criterion_main!(benches);

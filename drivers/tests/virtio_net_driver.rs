@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::net::headers::{Flow, Headers, L4Checksum};
 use underpass::net::toeplitz::Toeplitz;
-use underpass::net::{Config, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values, checksum};
+use underpass::net::{
+    Config, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values, checksum,
+};
 use underpass::pci::{PciDevice, Run};
 use underpass::{Burst, Checksum, ErrorKind, Packet, Pool, Transport, TxOffload};
 use underpass_drivers::virtio_net::driver::VirtioNet;
@@ -248,7 +250,8 @@ fn what_is_sent_comes_back_as_it_was_on_every_kind_of_ring() {
         let mut rig = rig(profile);
         let mut queues = rig.start(&rig.config());
         for round in 0..40 {
-            let frames: Vec<_> = (0..32).map(|n| frame(round * 32 + n, 14 + (round * 32 + n) % 1505)).collect();
+            let frames: Vec<_> =
+                (0..32).map(|n| frame(round * 32 + n, 14 + (round * 32 + n) % 1505)).collect();
             queues.send(0, frames.iter().map(|bytes| rig.packet(bytes)).collect());
             let back = queues.receive(0, frames.len());
             for (packet, bytes) in back.iter().zip(&frames) {

@@ -9,7 +9,6 @@
 //! checked.
 
 use std::fmt;
-use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 
 use crate::dma::DmaMemory;
@@ -428,6 +427,15 @@ impl Packet {
         }
     }
 
+    /// Gives the chain behind the first segment back, one segment after the other: it may be too long to recurse.
+    #[inline(never)]
+    fn free_next(&mut self) {
+        let mut next = self.take_next();
+        while let Some(mut segment) = next {
+            next = segment.take_next();
+        }
+    }
+
     /// For pools: 0 for a packet of one segment of `pool`.
     #[inline]
     pub(crate) fn oddness(&self, pool: NonNull<Shared>) -> usize {
@@ -455,15 +463,11 @@ impl DmaMemory for Packet {}
 impl Drop for Packet {
     #[inline]
     fn drop(&mut self) {
-        let mut next = self.take_next();
+        if self.meta().next.is_some() {
+            self.free_next();
+        }
         // SAFETY: it has no chain any more, and as it is being dropped, no Packet.
         unsafe { Shared::put_one(self.0) };
-        while let Some(segment) = next {
-            let mut segment = ManuallyDrop::new(segment);
-            next = segment.take_next();
-            // SAFETY: likewise.
-            unsafe { Shared::put_one(segment.0) };
-        }
     }
 }
 

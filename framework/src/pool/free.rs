@@ -106,6 +106,7 @@ impl<T: Copy + Send> FreeList<T> {
     }
 
     /// Puts items into the ring.
+    #[inline(never)]
     fn share(&self, items: &[T]) {
         // There is room, but the ring may look full to a thread that has not yet seen how far others took items out.
         while !self.ring.push(items) {
@@ -120,7 +121,7 @@ impl<T: Copy + Send> FreeList<T> {
     /// The calling thread holds `slot`, or `slot` is of no cache.
     #[inline]
     pub(super) unsafe fn get(&self, slot: usize, out: &mut [MaybeUninit<T>]) -> usize {
-        let Some(cache) = self.caches.get(slot) else { return self.ring.pop(out) };
+        let Some(cache) = self.caches.get(slot) else { return self.unshare(out) };
         let len = cache.len.load(Ordering::Relaxed);
         if let Some(left) = len.checked_sub(out.len()) {
             // SAFETY: the caller holds the slot.
@@ -146,9 +147,9 @@ impl<T: Copy + Send> FreeList<T> {
             let (half, missing) = (cached.len() / 2, rest.len());
             if missing > half {
                 cache.len.store(0, Ordering::Relaxed);
-                return len + self.ring.pop(rest);
+                return len + self.unshare(rest);
             }
-            let got = self.ring.pop(&mut cached[..half + missing]);
+            let got = self.unshare(&mut cached[..half + missing]);
             let left = got.saturating_sub(missing);
             rest[..got - left].copy_from_slice(&cached[left..got]);
             cache.len.store(left, Ordering::Relaxed);
@@ -156,6 +157,12 @@ impl<T: Copy + Send> FreeList<T> {
         };
         // SAFETY: the caller holds the slot.
         unsafe { cache.with(refill) }
+    }
+
+    /// Takes items out of the ring.
+    #[inline(never)]
+    fn unshare(&self, out: &mut [MaybeUninit<T>]) -> usize {
+        self.ring.pop(out)
     }
 
     /// Moves what is in a slot's cache to the ring, for all.

@@ -94,11 +94,7 @@ impl std::fmt::Debug for Reclaim {
 unsafe fn release(mut packets: &[Packet]) {
     while let Some(first) = packets.first() {
         let pool = first.meta().pool;
-        let run = if packets.iter().fold(0, |odd, packet| odd | packet.oddness(pool)) == 0 {
-            packets.len()
-        } else {
-            packets.iter().take_while(|packet| packet.oddness(pool) == 0).count()
-        };
+        let run = packets.iter().take_while(|packet| packet.oddness(pool) == 0).count();
         if run == 0 {
             // A chain.
             // SAFETY: it is given away, and skipped below.

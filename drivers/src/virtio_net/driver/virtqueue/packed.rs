@@ -1,11 +1,11 @@
 //! Packed virtqueues (VIRTIO 1.2, 2.8).
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
-use super::shadow::{Posted, Shadow, Used, writable};
+use super::shadow::{Lent, Posted, Shadow, Used, writable};
 use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::packed::{
@@ -28,9 +28,10 @@ pub struct PackedQueue<T> {
     state: State,
     /// The buffers by their ids.
     shadow: Shadow<T>,
+    broken: Option<Broken>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct State {
     free: u16,
     /// Where the next descriptor is made available, and where the next one is used.
@@ -49,7 +50,6 @@ struct State {
     oldest: u16,
     batch: u16,
     batch_len: u32,
-    broken: Option<Broken>,
 }
 
 impl State {
@@ -67,7 +67,6 @@ impl State {
             oldest: 0,
             batch: 0,
             batch_len: 0,
-            broken: None,
         }
     }
 }
@@ -96,102 +95,81 @@ impl Place {
     }
 }
 
-impl<T> PackedQueue<T> {
+/// The descriptors, each as its address and its handshake.
+type Ring = [[AtomicU64; 2]];
+
+impl State {
     /// Writes the next descriptor. The first one since the last publish stays hidden: the device looks at no other before
     /// it ("Polling of available and used descriptors").
     #[inline]
-    fn push(&mut self, addr: u64, len: u32, id: u16, flags: u16) {
-        let place = self.state.avail;
-        let flags = flags | packed::available(place.wrap);
-        let word = Handshake::new().with_len(len).with_id(id).with_flags(flags);
-        let at = usize::from(place.at);
+    fn push(&mut self, ring: &Ring, size: u16, addr: u64, word: Handshake) {
+        let Place { at, wrap } = self.avail;
+        let word = word.with_flags(word.flags() | packed::available(wrap));
+        let [addr_word, handshake] = &ring[usize::from(at)];
         // Relaxed, both: publish orders them.
-        self.ring.word(at, 0).store(addr, Ordering::Relaxed);
-        if self.state.held.is_some() {
-            self.ring.word(at, HANDSHAKE).store(word.into_bits(), Ordering::Relaxed);
+        addr_word.store(addr, Ordering::Relaxed);
+        if self.held.is_some() {
+            handshake.store(word.into_bits(), Ordering::Relaxed);
         } else {
-            self.state.held = Some((place.at, word));
+            self.held = Some((at, word));
         }
-        self.state.avail.advance(1, self.size);
+        self.avail.advance(1, size);
     }
 
-    /// Descriptors for more than one buffer: a chain, or a table if there are tables.
-    fn push_chain(&mut self, id: u16, buffers: &[Buffer]) {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        if let Some(tables) = &mut self.tables {
-            let first = usize::from(id) * usize::from(self.max_chain);
-            for (n, buffer) in buffers.iter().enumerate() {
-                let handshake = Handshake::new().with_len(buffer.len).with_flags(write_flag(buffer));
-                tables.write(first + n, &Descriptor { addr: buffer.iova.get(), handshake });
-            }
-            let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
-            self.push(addr, len as u32, id, INDIRECT);
-            return;
-        }
-        let last = buffers.len() - 1;
-        for (n, buffer) in buffers.iter().enumerate() {
-            let chained = if n == last { 0 } else { NEXT };
-            self.push(buffer.iova.get(), buffer.len, id, write_flag(buffer) | chained);
-        }
-    }
-
-    /// The word at the place where the device uses a buffer next, if it has.
+    /// Accounts for a buffer of so many descriptors.
     #[inline]
-    fn used_word(&self) -> Option<Handshake> {
-        // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
-        let word = self.ring.word(self.state.used.at.into(), HANDSHAKE).load(Ordering::Acquire);
-        let word = Handshake::from_bits(word);
+    fn added(&mut self, descriptors: u16) {
+        self.free -= descriptors;
+        self.added += 1;
+        self.added_descriptors += descriptors;
+    }
+
+    /// Id and length at the place where the device uses a buffer next, if it has. A length without [`WRITE`] means nothing.
+    #[inline]
+    fn next_used(&self, ring: &Ring) -> Option<(u32, u32)> {
         // A place without a posted buffer says nothing.
-        (self.state.posted != 0 && word.is_used(self.state.used.wrap)).then_some(word)
-    }
-
-    #[inline]
-    fn try_take(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        let next = if self.in_order { self.next_in_order()? } else { self.used_word().map(id_and_len) };
-        let Some((id, len)) = next else {
-            return self.state.broken.map_or(Ok(None), Err);
-        };
-        let Used { token, written, descriptors } = self.shadow.take(id.into(), len)?;
-        self.shadow.free_id(id);
-        let state = &mut self.state;
-        state.free += descriptors;
-        state.posted -= 1;
-        state.used.advance(descriptors, self.size);
-        if self.in_order {
-            state.batch -= 1;
-            state.oldest = following(id, self.size);
+        if self.posted == 0 {
+            return None;
         }
-        Ok(Some((token, written)))
+        // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
+        let word = Handshake::from_bits(ring[usize::from(self.used.at)][1].load(Ordering::Acquire));
+        let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
+        word.is_used(self.used.wrap).then_some((word.id().into(), len))
     }
 
-    /// Id and length of the next used buffer, as if the device had written a descriptor for each. One stands for all
-    /// buffers up to the one that it names, and those before that are used as a whole ("In-order use of descriptors").
+    /// The same, had the device written a descriptor for each buffer. One stands for all buffers up to the one that it
+    /// names, and those before that are used as a whole ("In-order use of descriptors").
     #[inline]
-    fn next_in_order(&mut self) -> Result<Option<(u16, u32)>, Broken> {
-        let state = &self.state;
-        if state.batch == 0 {
-            let Some((id, len)) = self.used_word().map(id_and_len) else { return Ok(None) };
-            self.shadow.posted(id.into())?;
+    fn next_in_order<T>(
+        &mut self,
+        ring: &Ring,
+        size: u16,
+        shadow: &Lent<'_, T>,
+    ) -> Result<Option<(u32, u32)>, Broken> {
+        if self.batch == 0 {
+            let Some((id, len)) = self.next_used(ring) else { return Ok(None) };
+            shadow.posted(id)?;
             // Ids of buffers in order follow each other.
-            let before = if id >= state.oldest { id - state.oldest } else { id + self.size - state.oldest };
-            if before >= state.posted {
+            let (id, oldest) = (id as u16, self.oldest);
+            let before = if id >= oldest { id - oldest } else { id + size - oldest };
+            if before >= self.posted {
                 return Err(Broken::ORDER);
             }
-            self.state.batch = before + 1;
-            self.state.batch_len = len;
+            (self.batch, self.batch_len) = (before + 1, len);
         }
-        let id = self.state.oldest;
-        let is_last = self.state.batch == 1;
-        let len = if is_last { self.state.batch_len } else { self.shadow.posted(id.into())?.writable };
-        Ok(Some((id, len)))
+        let id = self.oldest;
+        let len = if self.batch == 1 { self.batch_len } else { shadow.posted(id.into())?.writable };
+        self.batch -= 1;
+        self.oldest = if id + 1 == size { 0 } else { id + 1 };
+        Ok(Some((id.into(), len)))
     }
+}
 
+impl<T> PackedQueue<T> {
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
-        self.state.broken = Some(broken);
-        // No room, and nothing posted: so the data path needs no check of its own for a broken queue.
-        (self.state.free, self.state.posted, self.state.batch) = (0, 0, 0);
-        self.state.held = None;
+        self.broken = Some(broken);
+        self.state.free = 0;
         broken
     }
 
@@ -200,21 +178,15 @@ impl<T> PackedQueue<T> {
     }
 }
 
-/// What a used descriptor says. Without [`WRITE`] its length means nothing.
 #[inline]
-fn id_and_len(word: Handshake) -> (u16, u32) {
-    (word.id(), if word.flags() & WRITE == 0 { 0 } else { word.len() })
+fn ring(records: &Records<Descriptor>) -> &Ring {
+    records.words().as_chunks::<2>().0
 }
 
 #[inline]
-fn write_flag(buffer: &Buffer) -> u16 {
-    if buffer.write { WRITE } else { 0 }
-}
-
-/// The id after this one.
-#[inline]
-fn following(id: u16, size: u16) -> u16 {
-    if id + 1 == size { 0 } else { id + 1 }
+fn handshake(buffer: &Buffer, id: u16) -> Handshake {
+    let flags = if buffer.write { WRITE } else { 0 };
+    Handshake::new().with_len(buffer.len).with_id(id).with_flags(flags)
 }
 
 impl<T> Virtqueue for PackedQueue<T> {
@@ -249,6 +221,7 @@ impl<T> Virtqueue for PackedQueue<T> {
             in_order: features.contains(Features::IN_ORDER),
             state: State::new(size),
             shadow: Shadow::new(size),
+            broken: None,
         };
         queue.disable_notifications();
         Ok(queue)
@@ -271,24 +244,60 @@ impl<T> Virtqueue for PackedQueue<T> {
         self.state.free
     }
 
-    #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        let descriptors = if self.tables.is_some() { 1 } else { buffers.len() };
-        if descriptors > usize::from(self.state.free) {
+        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let size = self.size;
+        let Self { shadow, ring: records, tables, state, .. } = self;
+        let (ring, tables) = (ring(records), tables.as_mut().filter(|_| buffers.len() > 1));
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
             return Err(token);
         }
-        let id = self.shadow.take_id();
-        if let [buffer] = buffers {
-            self.push(buffer.iova.get(), buffer.len, id, write_flag(buffer));
-        } else {
-            self.push_chain(id, buffers);
-        }
-        let descriptors = descriptors as u16;
-        self.shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
-        self.state.free -= descriptors;
-        self.state.added += 1;
-        self.state.added_descriptors += descriptors;
+        shadow.lend(|shadow| {
+            let id = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(id) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
+                    tables.write(first + n, &Descriptor { addr, handshake });
+                }
+                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
+                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
+                state.push(ring, size, tables.iova(first).get(), word);
+            } else {
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
+                    let word = handshake(buffer, id);
+                    state.push(ring, size, buffer.iova.get(), word.with_flags(word.flags() | chained));
+                }
+            }
+            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
+        });
+        state.added(descriptors);
         Ok(())
+    }
+
+    #[inline]
+    fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
+        let size = self.size;
+        let Self { shadow, ring: records, state: kept, .. } = self;
+        let ring = ring(records);
+        // A copy, so that it stays in registers; see Shadow::lend.
+        let mut state = *kept;
+        let most = most.min(state.free.into());
+        let added = shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, buffer)) = next() else { return n };
+                let id = shadow.take_id();
+                state.push(ring, size, buffer.iova.get(), handshake(&buffer, id));
+                let writable = if buffer.write { buffer.len } else { 0 };
+                shadow.post(id, token, Posted { writable, descriptors: 1, position: 0 });
+                state.added(1);
+            }
+            most
+        });
+        *kept = state;
+        added
     }
 
     #[inline]
@@ -330,8 +339,44 @@ impl<T> Virtqueue for PackedQueue<T> {
     }
 
     #[inline]
-    fn take_used(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        self.try_take().map_err(|broken| self.fail(broken))
+    fn take_burst(&mut self, most: usize, mut each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        let (size, in_order) = (self.size, self.in_order);
+        let Self { shadow, ring: records, state: kept, .. } = self;
+        let ring = ring(records);
+        // A copy, so that it stays in registers; see Shadow::lend.
+        let mut state = *kept;
+        let (taken, broken) = shadow.lend(|shadow| {
+            for taken in 0..most {
+                let next = if in_order {
+                    state.next_in_order(ring, size, shadow)
+                } else {
+                    Ok(state.next_used(ring))
+                };
+                let (id, len) = match next {
+                    Ok(Some(used)) => used,
+                    Ok(None) => return (taken, None),
+                    Err(broken) => return (taken, Some(broken)),
+                };
+                let Used { token, written, descriptors } = match shadow.take(id, len) {
+                    Ok(used) => used,
+                    Err(broken) => return (taken, Some(broken)),
+                };
+                shadow.free_id(id as u16);
+                state.free += descriptors;
+                state.posted -= 1;
+                state.used.advance(descriptors, size);
+                each(token, written);
+            }
+            (most, None)
+        });
+        *kept = state;
+        match broken.map(|broken| self.fail(broken)) {
+            Some(broken) if taken == 0 => Err(broken),
+            _ => Ok(taken),
+        }
     }
 
     fn disable_notifications(&mut self) {
@@ -348,12 +393,13 @@ impl<T> Virtqueue for PackedQueue<T> {
         // Between what is wanted and the ring; pairs with the device's fence between marking a descriptor used and looking
         // at what is wanted.
         fence(Ordering::SeqCst);
-        self.state.batch != 0 || self.used_word().is_some()
+        self.state.batch != 0 || self.state.next_used(ring(&self.ring)).is_some()
     }
 
     fn reset(&mut self, each: impl FnMut(T)) {
         self.shadow.reset(each);
         self.state = State::new(self.size);
+        self.broken = None;
         self.ring.clear();
         self.device_event.clear();
         self.disable_notifications();

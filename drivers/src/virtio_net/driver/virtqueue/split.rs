@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
-use super::shadow::{Posted, Shadow, Used, writable};
+use super::shadow::{Lent, Posted, Shadow, Used, writable};
 use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::split::{
@@ -33,10 +33,11 @@ pub struct SplitQueue<T> {
     shadow: Shadow<T>,
     /// For each descriptor of a chain the one that follows.
     next: Box<[u16]>,
+    broken: Option<Broken>,
 }
 
 /// Indices count buffers and wrap at 16 bits.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct State {
     free: u16,
     /// Buffers added; those published; those published when it was last asked whether to notify.
@@ -51,7 +52,6 @@ struct State {
     oldest: u16,
     batch_end: u16,
     batch_len: u32,
-    broken: Option<Broken>,
 }
 
 impl State {
@@ -66,7 +66,6 @@ impl State {
             oldest: 0,
             batch_end: 0,
             batch_len: 0,
-            broken: None,
         }
     }
 }
@@ -79,53 +78,37 @@ const RING: usize = 2;
 const _: () = assert!(avail::FLAGS == 2 * FLAGS && avail::IDX == 2 * IDX && avail::ring(0) == 2 * RING);
 const _: () = assert!(used::FLAGS == 2 * FLAGS && used::IDX == 2 * IDX && used::ring(0) == 2 * RING);
 
-impl<T> SplitQueue<T> {
-    /// Descriptors for more than one buffer: a chain, or a table if there are tables.
-    fn add_chain(&mut self, buffers: &[Buffer]) -> u16 {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let head = self.shadow.take_id();
-        let last = buffers.len() - 1;
-        if let Some(tables) = &mut self.tables {
-            let first = usize::from(head) * usize::from(self.max_chain);
-            for (n, buffer) in buffers.iter().enumerate() {
-                let next = if n == last { None } else { Some(n as u16 + 1) };
-                tables.write(first + n, &descriptor(buffer, next));
-            }
-            let len = size_of::<Descriptor>() * buffers.len();
-            let addr = tables.iova(first).get();
-            self.desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
-            return head;
-        }
-        let mut at = head;
-        for buffer in &buffers[..last] {
-            let next = self.shadow.take_id();
-            self.desc.write(at.into(), &descriptor(buffer, Some(next)));
-            self.next[usize::from(at)] = next;
-            at = next;
-        }
-        self.desc.write(at.into(), &descriptor(&buffers[last], None));
-        head
-    }
-
-    /// Frees the descriptors of the buffer that starts with `head`.
+impl State {
+    /// Id and length of the next used element, had the device written one for each buffer. One stands for all buffers up to
+    /// the one that it names, and those before that are used as a whole ("In-order use of descriptors", 2.7.9).
     #[inline]
-    fn free_chain(&mut self, head: u16, descriptors: u16) {
-        let mut at = head;
-        for _ in 1..descriptors {
-            self.shadow.free_id(at);
-            at = self.next[usize::from(at)];
+    fn next_in_order<T>(
+        &mut self,
+        (id, len): (u32, u32),
+        mask: u16,
+        shadow: &Lent<'_, T>,
+    ) -> Result<(u32, u32), Broken> {
+        if self.batch_end == self.taken {
+            let last = shadow.posted(id)?;
+            if last.position.wrapping_sub(self.taken) >= self.used.wrapping_sub(self.taken) {
+                return Err(Broken::ORDER);
+            }
+            self.batch_end = last.position.wrapping_add(1);
+            self.batch_len = len;
         }
-        self.shadow.free_id(at);
-        self.state.free += descriptors;
+        let id = u32::from(self.oldest);
+        let posted = shadow.posted(id)?;
+        let is_last = self.taken.wrapping_add(1) == self.batch_end;
+        self.oldest = self.oldest.wrapping_add(posted.descriptors) & mask;
+        Ok((id, if is_last { self.batch_len } else { posted.writable }))
     }
+}
 
-    /// Reads how many buffers the device has used, once all that it had used before were taken.
+impl<T> SplitQueue<T> {
+    /// Reads how many buffers the device has used.
     #[inline]
     fn poll(&mut self) -> Result<(), Broken> {
         let state = &mut self.state;
-        if let Some(broken) = state.broken {
-            return Err(broken);
-        }
         // Acquire: pairs with the device's Release of the used index, after the elements and what it wrote to buffers.
         let used = self.used.word(IDX, 0).load(Ordering::Acquire);
         if used.wrapping_sub(state.taken) > state.published.wrapping_sub(state.taken) {
@@ -135,52 +118,10 @@ impl<T> SplitQueue<T> {
         Ok(())
     }
 
-    #[inline]
-    fn try_take(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        if self.state.used == self.state.taken {
-            self.poll()?;
-            if self.state.used == self.state.taken {
-                return Ok(None);
-            }
-        }
-        let element = usize::from(self.state.taken & (self.size - 1));
-        let UsedElement { id, len } =
-            if self.in_order { self.next_in_order(element)? } else { self.elements.read(element) };
-        let Used { token, written, descriptors } = self.shadow.take(id, len)?;
-        // An id that was posted has 16 bits.
-        let head = id as u16;
-        self.free_chain(head, descriptors);
-        self.state.taken = self.state.taken.wrapping_add(1);
-        self.state.oldest = head.wrapping_add(descriptors) & (self.size - 1);
-        Ok(Some((token, written)))
-    }
-
-    /// What the element of the next buffer would say, had the device written it. One element stands for all buffers up to
-    /// the one that it names, and those before that are used as a whole ("In-order use of descriptors", 2.7.9).
-    #[inline]
-    fn next_in_order(&mut self, element: usize) -> Result<UsedElement, Broken> {
-        let state = &mut self.state;
-        if state.batch_end == state.taken {
-            let UsedElement { id, len } = self.elements.read(element);
-            let last = self.shadow.posted(id)?;
-            if last.position.wrapping_sub(state.taken) >= state.used.wrapping_sub(state.taken) {
-                return Err(Broken::ORDER);
-            }
-            state.batch_end = last.position.wrapping_add(1);
-            state.batch_len = len;
-        }
-        let id = u32::from(state.oldest);
-        let is_last = state.taken.wrapping_add(1) == state.batch_end;
-        let len = if is_last { state.batch_len } else { self.shadow.posted(id)?.writable };
-        Ok(UsedElement { id, len })
-    }
-
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
-        self.state.broken = Some(broken);
-        // No room, and nothing used: so the data path needs no check of its own for a broken queue.
+        self.broken = Some(broken);
         self.state.free = 0;
-        self.state.used = self.state.taken;
         broken
     }
 
@@ -239,6 +180,7 @@ impl<T> Virtqueue for SplitQueue<T> {
             state: State::new(size),
             shadow: Shadow::new(size),
             next: vec![0; size.into()].into(),
+            broken: None,
         };
         queue.disable_notifications();
         Ok(queue)
@@ -257,28 +199,74 @@ impl<T> Virtqueue for SplitQueue<T> {
         self.state.free
     }
 
-    #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        let descriptors = if self.tables.is_some() { 1 } else { buffers.len() };
-        if descriptors > usize::from(self.state.free) {
+        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
+        let tables = tables.as_mut().filter(|_| buffers.len() > 1);
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
             return Err(token);
         }
-        let head = if let [buffer] = buffers {
-            let id = self.shadow.take_id();
-            self.desc.write(id.into(), &descriptor(buffer, None));
-            id
-        } else {
-            self.add_chain(buffers)
-        };
-        let descriptors = descriptors as u16;
-        let position = self.state.added;
-        self.shadow.post(head, token, Posted { writable: writable(buffers), descriptors, position });
-        let entry = RING + usize::from(position & (self.size - 1));
+        let head = shadow.lend(|shadow| {
+            let head = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(head) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
+                    tables.write(first + n, &descriptor(buffer, next));
+                }
+                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
+                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
+            } else {
+                let mut at = head;
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
+                    desc.write(at.into(), &descriptor(buffer, next));
+                    if let Some(next) = next {
+                        links[usize::from(at)] = next;
+                        at = next;
+                    }
+                }
+            }
+            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
+            shadow.post(head, token, posted);
+            head
+        });
         // Relaxed, as the descriptors: publish orders it.
-        self.avail.word(entry, 0).store(head, Ordering::Relaxed);
-        self.state.added = position.wrapping_add(1);
-        self.state.free -= descriptors;
+        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
+        state.added = state.added.wrapping_add(1);
+        state.free -= descriptors;
         Ok(())
+    }
+
+    #[inline]
+    fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, state, .. } = self;
+        let (desc, _) = desc.words().as_chunks::<2>();
+        let ring = &avail.words()[RING..];
+        let position = state.added;
+        let most = most.min(state.free.into()) as u16;
+        let added = shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, buffer)) = next() else { return n };
+                let position = position.wrapping_add(n);
+                let id = shadow.take_id();
+                let words = descriptor(&buffer, None).to_words();
+                // Relaxed, all of it: publish orders it.
+                let [addr, rest] = &desc[usize::from(id)];
+                addr.store(words[0], Ordering::Relaxed);
+                rest.store(words[1], Ordering::Relaxed);
+                ring[usize::from(position & mask)].store(id, Ordering::Relaxed);
+                let writable = if buffer.write { buffer.len } else { 0 };
+                shadow.post(id, token, Posted { writable, descriptors: 1, position });
+            }
+            most
+        });
+        state.added = position.wrapping_add(added);
+        state.free -= added;
+        added.into()
     }
 
     #[inline]
@@ -313,8 +301,53 @@ impl<T> Virtqueue for SplitQueue<T> {
     }
 
     #[inline]
-    fn take_used(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        self.try_take().map_err(|broken| self.fail(broken))
+    fn take_burst(&mut self, most: usize, mut each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        if usize::from(self.state.used.wrapping_sub(self.state.taken)) < most
+            && let Err(broken) = self.poll()
+        {
+            return Err(self.fail(broken));
+        }
+        let (mask, in_order) = (self.size - 1, self.in_order);
+        let Self { shadow, elements, next, state: kept, .. } = self;
+        let (elements, _) = elements.words().as_chunks::<2>();
+        // A copy, so that it stays in registers; see Shadow::lend.
+        let mut state = *kept;
+        let most = most.min(state.used.wrapping_sub(state.taken).into());
+        let (taken, broken) = shadow.lend(|shadow| {
+            for taken in 0..most {
+                let [id, len] = &elements[usize::from(state.taken & mask)];
+                let mut used = (id.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
+                if in_order {
+                    match state.next_in_order(used, mask, shadow) {
+                        Ok(in_order) => used = in_order,
+                        Err(broken) => return (taken, Some(broken)),
+                    }
+                }
+                let Used { token, written, descriptors } = match shadow.take(used.0, used.1) {
+                    Ok(used) => used,
+                    Err(broken) => return (taken, Some(broken)),
+                };
+                // An id that was posted has 16 bits.
+                let mut at = used.0 as u16;
+                for _ in 1..descriptors {
+                    shadow.free_id(at);
+                    at = next[usize::from(at)];
+                }
+                shadow.free_id(at);
+                state.free += descriptors;
+                state.taken = state.taken.wrapping_add(1);
+                each(token, written);
+            }
+            (most, None)
+        });
+        *kept = state;
+        match broken.map(|broken| self.fail(broken)) {
+            Some(broken) if taken == 0 => Err(broken),
+            _ => Ok(taken),
+        }
     }
 
     fn disable_notifications(&mut self) {
@@ -341,6 +374,7 @@ impl<T> Virtqueue for SplitQueue<T> {
     fn reset(&mut self, each: impl FnMut(T)) {
         self.shadow.reset(each);
         self.state = State::new(self.size);
+        self.broken = None;
         self.desc.clear();
         self.avail.clear();
         self.used.clear();
