@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crossbeam::utils::CachePadded;
 use underpass::interrupt::Interrupts;
@@ -94,8 +94,8 @@ const LINK_PEER: u8 = 2;
 /// other engines' cores while it holds its own; nobody who holds one of those waits for its.
 pub(super) struct Device {
     pub(super) profile: Profile,
-    /// The engines' insides, one a queue pair, filled by `start`.
-    cores: OnceLock<Box<[Arc<Mutex<Core>>]>>,
+    /// The engines' insides, one a queue pair, filled by `start`. They go, and their peers with them, when the engines do.
+    cores: OnceLock<Box<[Weak<Mutex<Core>>]>>,
     /// How many wait for a core: engines then let them go first.
     waiting: AtomicUsize,
     registers: Mutex<Registers>,
@@ -156,10 +156,10 @@ impl Device {
         }
     }
 
-    pub(super) fn start(&self, host: &dyn Host, cores: Box<[Arc<Mutex<Core>>]>) {
+    pub(super) fn start(&self, host: &dyn Host, cores: &[Arc<Mutex<Core>>]) {
         // A second start would bring the same ones.
         let _ = self.interrupts.set(host.interrupts());
-        let _ = self.cores.set(cores);
+        let _ = self.cores.set(cores.iter().map(Arc::downgrade).collect());
     }
 
     pub(super) fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -250,9 +250,9 @@ impl Device {
 
     /// Works with a core, between two of its steps.
     fn with_core<R>(&self, pair: u16, work: impl FnOnce(&mut Core) -> R) -> Option<R> {
-        let core = self.cores.get()?.get(usize::from(pair))?;
+        let core = self.cores.get()?.get(usize::from(pair))?.upgrade()?;
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        let result = work(&mut lock(core));
+        let result = work(&mut lock(&core));
         self.waiting.fetch_sub(1, Ordering::AcqRel);
         Some(result)
     }
