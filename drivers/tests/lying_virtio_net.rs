@@ -306,6 +306,8 @@ fn a_buffer_is_used_once() {
             }
             stage.on_rx(|ring, bus| ring.give(bus, &chains[3], HEADER + 100));
             received.extend(stage.receive());
+            // What came before the lie is received; the lie may wait for the next burst.
+            received.extend(stage.receive());
             assert_eq!((received.len(), stage.state().0), (1, State::Gone), "{kind:?}, apart: {apart}");
             assert_eq!(identify(received[0].data()), (1, 1));
             stage.complains();
@@ -445,6 +447,7 @@ fn packets_sent_come_home_once_whatever_the_device_says() {
                     Lie::Id(id) => ring.give_raw(bus, id, 0, 1),
                 }
             });
+            stage.queues().tx[0].reclaim();
             let left = stage.queues().tx[0].reclaim();
             assert_eq!((left, stage.state().1), (4, State::Gone), "{lie:?}");
             let mut more = burst([packet(&stage.pool, &frames[0])]);
@@ -729,15 +732,7 @@ fn registers_that_make_no_sense_are_refused() {
     }
     // A group's address is no port's own.
     let lie = |which, honest| if which == Device(config::MAC) { honest | 1 } else { honest };
-    match try_out(&SPLIT, lie) {
-        Err(error) => assert_eq!(error.kind(), ErrorKind::Device),
-        Ok(()) => {
-            let taps = Taps::new(true);
-            taps.lie_on_read(lie);
-            let port = open(&SPLIT, &taps, &Wire::new(1)).unwrap();
-            assert!(!port.mac().is_multicast(), "a group's address is its own");
-        }
-    }
+    assert_eq!(try_out(&SPLIT, lie).unwrap_err().kind(), ErrorKind::Device);
 }
 
 #[test]

@@ -24,7 +24,8 @@ use underpass_drivers::virtio_net::spec::Features;
 
 use rig::frames::{Field, Flow, KEY, MIN_NUMBERED, identify, numbered, toeplitz};
 use rig::virtio::{Kind, inline, stepped, threads};
-use rig::{Bench, OnWire, PATIENCE, Random, Wire, burst, chain, contents, packet, pool, small_pool, until};
+use rig::wire::OnWire;
+use rig::{Bench, PATIENCE, Random, Wire, burst, chain, contents, packet, pool, small_pool, until};
 
 macro_rules! suite {
     ($($test:ident),* $(,)?) => {
@@ -939,8 +940,10 @@ fn packets_are_distributed_by_their_hash(kind: &Kind) {
     let info = bench.port.info();
     if !info.offloads.contains(Offloads::RSS) {
         let rss = Rss { key: KEY.to_vec(), table: vec![0] };
+        let pool = pool(64);
+        let started = bench.start(&Config { rx_depth: 16, ..config(&pool) });
         assert_eq!(bench.port.set_rss(&rss).unwrap_err().kind(), ErrorKind::Unsupported);
-        return;
+        return bench.stop(started, &[&pool]);
     }
     assert!(info.rss_key_len <= KEY.len(), "a longer key than is used here");
     let queues = info.max_rx_queues.min(info.max_tx_queues);
