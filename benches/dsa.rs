@@ -109,7 +109,7 @@ impl Completer {
         let bytes_completed =
             if descriptor.operation >> 24 == Opcode::Batch as u32 { descriptor.size } else { 0 };
         let word = u64::from(bytes_completed) << 32 | u64::from(Status::SUCCESS.0);
-        self.bus.store_u64(self.pasid, Iova::new(descriptor.completion), word).unwrap();
+        self.bus.store(self.pasid, Iova::new(descriptor.completion), word).unwrap();
         completed
     }
 }

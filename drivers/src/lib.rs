@@ -8,6 +8,7 @@ pub mod dsa;
 mod ops;
 pub mod registry;
 mod shape;
+pub mod virtio_net;
 
 pub use registry::{Registry, builtin};
 

@@ -8,17 +8,14 @@
 //! # }
 //! ```
 
+mod schemes;
+
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use underpass::accel::Accelerator;
-use underpass::iommu::soft::{SoftIommu, SoftOptions};
-use underpass::pci::{PciDevice, Run};
+use underpass::net::{MacAddr, Port};
 use underpass::{Error, ErrorKind, Result, worker};
-
-use crate::cpu::Cpu;
-use crate::dsa::model::{DsaModel, DsaProfile};
-use crate::dsa::{Dsa, WqMode};
 
 /// A kind of address and what opens it.
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +27,16 @@ pub struct Scheme {
     /// The options that it takes.
     pub options: &'static [SchemeOption],
     /// Opens it. Options are known to be among `options`, each given once.
-    pub open: fn(&Address<'_>) -> Result<Box<dyn Accelerator>>,
+    pub open: fn(&Address<'_>) -> Result<Device>,
+}
+
+/// An open device, by its class.
+#[derive(Debug)]
+pub enum Device {
+    /// One that does jobs on memory.
+    Accelerator(Box<dyn Accelerator>),
+    /// One that sends and receives packets.
+    Port(Box<dyn Port>),
 }
 
 /// An option of a [`Scheme`].
@@ -42,59 +48,6 @@ pub struct SchemeOption {
     pub values: &'static str,
     /// What it does, in one line.
     pub what: &'static str,
-}
-
-const CPU: Scheme = Scheme {
-    name: "cpu",
-    what: "jobs done by the CPU, in the thread that submits them",
-    options: &[],
-    open: |_| Ok(Box::new(Cpu::new())),
-};
-
-const SOFT_DSA: Scheme = Scheme {
-    name: "soft:dsa",
-    what: "a software Intel DSA behind the software IOMMU, in this process",
-    options: &[
-        SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 32 (8)" },
-        SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 32 (1)" },
-        SchemeOption {
-            name: "mode",
-            values: "dedicated|shared",
-            what: "how work queues are used (dedicated)",
-        },
-        SchemeOption { name: "pasids", values: "N", what: "PASIDs that the IOMMU has; 0 is none (1048575)" },
-        SchemeOption {
-            name: "check",
-            values: "leases",
-            what: "refuse DMA to memory that was not handed out",
-        },
-        SchemeOption { name: "core", values: "N", what: "the core that the engines run on (any)" },
-    ],
-    open: open_soft_dsa,
-};
-
-const SOFT_WQS: RangeInclusive<usize> = 1..=DsaProfile::MAX_WQS;
-const SOFT_ENGINES: RangeInclusive<usize> = 1..=DsaProfile::MAX_ENGINES;
-/// PASIDs have 20 bits, and 0 is not one that is given out.
-const SOFT_PASIDS: RangeInclusive<u32> = 0..=(1 << 20) - 1;
-
-fn open_soft_dsa(address: &Address<'_>) -> Result<Box<dyn Accelerator>> {
-    let mut profile = DsaProfile::default();
-    if let Some(wqs) = address.number("wqs", SOFT_WQS)? {
-        profile.wqs = wqs;
-    }
-    profile.engines = address.number("engines", SOFT_ENGINES)?.unwrap_or(1);
-    let mode = address.choice("mode", &[("dedicated", WqMode::Dedicated), ("shared", WqMode::Shared)])?;
-    let check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
-    let mut options = SoftOptions { check_leases, ..SoftOptions::default() };
-    if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
-        options.max_pasids = pasids;
-    }
-    let cores = address.core()?.into_iter().collect();
-    let iommu = SoftIommu::new(options);
-    let model = Box::new(DsaModel::new(profile));
-    let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
-    Ok(Box::new(Dsa::open(device)?.with_mode(mode.unwrap_or_default())))
 }
 
 /// An address taken apart.
@@ -143,6 +96,19 @@ impl<'a> Address<'a> {
             Ok(number) if range.contains(&number) => Ok(Some(number)),
             _ => Err(invalid(self.text, format!("{name}={value} is not a number it can have"))
                 .mend(format!("{name} is a number from {} to {}", range.start(), range.end()))),
+        }
+    }
+
+    /// The value of an option that is a MAC address of one station.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is none.
+    pub fn mac(&self, name: &str) -> Result<Option<MacAddr>> {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        match value.parse::<MacAddr>() {
+            Ok(mac) if !mac.is_multicast() => Ok(Some(mac)),
+            _ => Err(invalid(self.text, format!("{name}={value} is not the address of one station"))
+                .mend(format!("{name} is written as 02:00:00:00:00:01"))),
         }
     }
 
@@ -225,7 +191,7 @@ pub struct Registry {
 
 /// The registry with all that this crate has.
 pub fn builtin() -> Registry {
-    Registry { schemes: vec![&CPU, &SOFT_DSA] }
+    Registry { schemes: schemes::ALL.to_vec() }
 }
 
 impl Registry {
@@ -236,11 +202,12 @@ impl Registry {
         self
     }
 
-    /// Opens the device at `address`, as the user wrote it: a scheme's name, and its options after commas.
+    /// Opens the accelerator at `address`, as the user wrote it: a scheme's name, and its options after commas.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for an address, option or value that is not known (the message lists those that
-    /// are); [`ErrorKind::NotFound`] for a core that does not exist; what opening the device gives.
+    /// are), and for a device of another class; [`ErrorKind::NotFound`] for a core that does not exist; what opening the
+    /// device gives.
     pub fn open(&self, address: &str) -> Result<Box<dyn Accelerator>> {
         self.open_on(address, None)
     }
@@ -248,6 +215,33 @@ impl Registry {
     /// [`open`](Self::open), with a `core` for a software device's threads where the address names none. The device
     /// keeps the name that the user gave it.
     pub fn open_on(&self, address: &str, core: Option<usize>) -> Result<Box<dyn Accelerator>> {
+        match self.open_device(address, core)? {
+            Device::Accelerator(device) => Ok(device),
+            Device::Port(_) => Err(invalid(address, "it is a network port, not an accelerator".to_owned())
+                .mend("try soft:dsa; for packets: underpass forward")),
+        }
+    }
+
+    /// Opens the network port at `address`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_port(&self, address: &str) -> Result<Box<dyn Port>> {
+        match self.open_device(address, None)? {
+            Device::Port(port) => Ok(port),
+            Device::Accelerator(_) => {
+                Err(invalid(address, "it is an accelerator, not a network port".to_owned())
+                    .mend("try soft:virtio-net; for an accelerator: underpass copy"))
+            }
+        }
+    }
+
+    /// Opens the device at `address`, whatever its class, with a `core` for a software device's threads where the address
+    /// names none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_device(&self, address: &str, core: Option<usize>) -> Result<Device> {
         let address = Address::parse(address, core)?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
             address.check_options(scheme)?;
@@ -284,7 +278,7 @@ mod tests {
     fn what_is_not_known_is_refused_with_a_list_of_what_is() {
         let error = refused("dsa");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa"));
+        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa, soft:virtio-net"));
         assert_eq!(refused("").kind(), ErrorKind::InvalidInput);
 
         let error = refused("soft:dsa,wq=1");
@@ -338,6 +332,13 @@ mod tests {
     }
 
     #[test]
+    fn a_device_of_another_class_is_refused() {
+        let error = builtin().open_port("soft:dsa").map(|_| ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("not a network port"), "{error}");
+    }
+
+    #[test]
     fn options_reach_the_device() {
         let device = builtin().open("soft:dsa,wqs=3,engines=2,check=leases,pasids=7").unwrap();
         assert_eq!(device.name(), "soft:dsa,wqs=3,engines=2,check=leases,pasids=7");
@@ -356,6 +357,6 @@ mod tests {
         };
         let error = builtin().with(&MINE).open("cpu,why=because").map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("because"), "{error}");
-        assert_eq!(builtin().known().count(), 2);
+        assert_eq!(builtin().known().count(), schemes::ALL.len());
     }
 }

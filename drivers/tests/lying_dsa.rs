@@ -274,9 +274,9 @@ fn answer(
 ) -> Result<(), DmaFault> {
     strings.with_bus(|bus| {
         for (index, word) in (1..).zip(words) {
-            bus.store_u64(pasid, Iova::new(record + index * 8), word)?;
+            bus.store(pasid, Iova::new(record + index * 8), word)?;
         }
-        bus.store_u64(pasid, Iova::new(record), handshake.into_bits())
+        bus.store(pasid, Iova::new(record), handshake.into_bits())
     })
 }
 
@@ -901,7 +901,7 @@ fn a_storm_of_nonsense_loses_no_job() {
             }
             if let Some(at) = (!seen.is_empty()).then(|| seen[random.below(seen.len())] & !7) {
                 let value = if random.coin() { random.next() } else { random.next() & 0xff };
-                let _ = strings.with_bus(|bus| bus.store_u64(pasid, Iova::new(at), value));
+                let _ = strings.with_bus(|bus| bus.store(pasid, Iova::new(at), value));
             }
             std::thread::yield_now();
         }

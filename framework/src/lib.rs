@@ -20,10 +20,16 @@ mod burst;
 pub mod dma;
 pub mod interrupt;
 pub mod model;
+pub mod net;
+mod packet;
 pub mod pci;
+pub mod pool;
 pub mod ring;
+pub mod tap;
 pub mod worker;
 
 pub use burst::Burst;
+pub use packet::{Checksum, Packet, Transport, TxOffload};
+pub use pool::Pool;
 pub use underpass_iommu as iommu;
 pub use underpass_iommu::{Access, Error, ErrorKind, Fault, Iova, Pasid, Region, Result};

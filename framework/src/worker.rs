@@ -12,6 +12,8 @@ use core_affinity::CoreId;
 use crossbeam::utils::CachePadded;
 use underpass_iommu::{Error, ErrorKind, Result};
 
+use crate::pool::Slot;
+
 /// The cores that this process may run on, ascending. Listed once: a pinned thread would see its own core alone.
 pub fn cores() -> &'static [usize] {
     static CORES: LazyLock<Vec<usize>> = LazyLock::new(|| {
@@ -217,8 +219,8 @@ struct Shared {
     counters: Arc<WorkerCounters>,
 }
 
-/// A thread that calls its body again and again until it is stopped, finishes or panics. Dropping it stops and
-/// joins.
+/// A thread that calls its body again and again until it is stopped, finishes or panics. It has a [`Slot`] of its own, so
+/// that pools are fast in its body. Dropping it stops and joins.
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
@@ -252,6 +254,8 @@ impl Worker {
                 // The receiver waits for exactly this.
                 let _ = pinned.send(ok);
                 if ok {
+                    // Given back after `run` has dropped the body, and what packets that had.
+                    let _slot = Slot::claim();
                     run(&context, idle, body);
                 }
             })

@@ -174,7 +174,7 @@ impl Engine for ToyEngine {
         let copied = self.shared.bus_master.load(Ordering::Relaxed)
             && self.bus.copy(pasid, Iova::new(src), Iova::new(dst), len).is_ok();
         if record != 0 {
-            let _ = self.bus.store_u64(pasid, Iova::new(record), if copied { 1 } else { 2 });
+            let _ = self.bus.store(pasid, Iova::new(record), if copied { 1_u64 } else { 2 });
         }
         self.shared.done.fetch_add(1, Ordering::Relaxed);
         self.host.interrupts().trigger(1);

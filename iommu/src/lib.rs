@@ -32,6 +32,7 @@ mod iova;
 mod memory;
 mod pasid;
 pub mod soft;
+mod word;
 
 pub use address::{Access, Iova, PageSize, PageSizes};
 pub use backend::{
@@ -43,3 +44,4 @@ pub use fault::{Fault, FaultQueue, FaultReason};
 pub use iova::{IovaAllocator, IovaRange};
 pub use memory::{Backing, Region, RegionBuilder, RegionId};
 pub use pasid::{OwnedPasid, Pasid, PasidAllocator};
+pub use word::Word;

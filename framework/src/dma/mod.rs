@@ -280,9 +280,29 @@ mod tests {
         let mut records = Records::<[u64; 4]>::new(buf, &space, Access::READ_WRITE).unwrap();
         assert_eq!(records.len(), (4_096 - 192) / 32);
         records.write(3, &[1, 2, 3, 4]);
-        assert_eq!(bus.load_u64(None, records.iova(3).wrapping_add(16)).unwrap(), 3);
-        bus.store_u64(None, records.iova(3).wrapping_add(8), 9).unwrap();
+        assert_eq!(bus.load::<u64>(None, records.iova(3).wrapping_add(16)).unwrap(), 3);
+        bus.store(None, records.iova(3).wrapping_add(8), 9_u64).unwrap();
         assert_eq!(records.word(3, 8).load(Ordering::Acquire), 9);
         assert_eq!(records.read(3), [1, 9, 3, 4]);
+        records.clear();
+        assert_eq!(records.read(3), [0; 4]);
+    }
+
+    #[test]
+    fn records_of_narrow_words_are_aligned_to_them_only() {
+        let (mut space, mut bus, _attachment) = space(SoftOptions::default());
+        let mut buf = DmaBuf::allocate(4_096).unwrap();
+        space.map(buf.region(), Access::READ_WRITE).unwrap();
+        let indices = Records::<u16, u16>::new(buf.split_to(4), &space, Access::READ_WRITE).unwrap();
+        let mut elements =
+            Records::<[u32; 2], u32>::new(buf.split_to(24), &space, Access::READ_WRITE).unwrap();
+        assert!(Records::<u64>::new(buf, &space, Access::READ_WRITE).is_err(), "at 4 modulo 8");
+        assert_eq!((indices.len(), elements.len()), (2, 3));
+        elements.write(2, &[7, 0x1234_5678]);
+        assert_eq!(bus.load::<u32>(None, elements.iova(2).wrapping_add(4)).unwrap(), 0x1234_5678);
+        bus.store(None, indices.iova(1), 0xabcd_u16).unwrap();
+        assert_eq!((indices.read(0), indices.read(1)), (0, 0xabcd));
+        bus.store_all(None, elements.iova(0), &[1_u32, 2, 3]).unwrap();
+        assert_eq!((elements.read(0), elements.read(1)), ([1, 2], [3, 0]));
     }
 }

@@ -38,7 +38,10 @@ pub(super) struct InProcess {
     registers: Mutex<Registers>,
     vectors: usize,
     interrupts: Interrupts,
-    stepped: Mutex<Vec<Box<dyn Engine>>>,
+    /// Those without threads, each behind a lock of its own; `None` after it panicked.
+    stepped: Vec<Mutex<Option<Box<dyn Engine>>>>,
+    /// Whether drivers lend them their own time.
+    inline: bool,
     engine_failure: OnceLock<Error>,
 }
 
@@ -64,8 +67,9 @@ impl InProcess {
         let interrupts = Interrupts::default();
         let host = ModelHost { soft: Arc::clone(soft), interrupts: interrupts.clone() };
         let engines = model.start(Arc::new(host));
+        let inline = run == Run::Inline;
         let (workers, stepped) = match run {
-            Run::Stepped => (Vec::new(), engines),
+            Run::Stepped | Run::Inline => (Vec::new(), engines),
             Run::Threads { cores } => (spawn(soft.name(), engines, &cores)?, Vec::new()),
         };
         let function = Self {
@@ -73,7 +77,8 @@ impl InProcess {
             vectors: model.vectors(),
             registers: Mutex::new(Registers { model, config }),
             interrupts,
-            stepped: Mutex::new(stepped),
+            stepped: stepped.into_iter().map(|engine| Mutex::new(Some(engine))).collect(),
+            inline,
             engine_failure: OnceLock::new(),
         };
         Ok((Arc::new(function), Engines(workers)))
@@ -98,34 +103,44 @@ impl InProcess {
         model.config_written(config);
     }
 
-    /// Steps each engine once, unless another thread does so at this moment.
+    /// Steps each engine once, except those that another thread steps at this moment.
     pub(super) fn step(&self) -> bool {
-        let mut engines = match self.stepped.try_lock() {
-            Ok(engines) => engines,
-            // An engine's destructor panicked in another thread: the others still work.
-            Err(TryLockError::Poisoned(engines)) => engines.into_inner(),
+        self.stepped.iter().fold(false, |worked, engine| self.step_one(engine) | worked)
+    }
+
+    /// Steps engine `n`, modulo their number, if drivers are to.
+    #[inline]
+    pub(super) fn lend(&self, n: usize) -> bool {
+        let lent = self.inline && !self.stepped.is_empty();
+        if lent {
+            self.step_one(&self.stepped[n % self.stepped.len()]);
+        }
+        lent
+    }
+
+    fn step_one(&self, engine: &Mutex<Option<Box<dyn Engine>>>) -> bool {
+        let mut place = match engine.try_lock() {
+            Ok(place) => place,
+            // An engine's destructor panicked in another thread.
+            Err(TryLockError::Poisoned(place)) => place.into_inner(),
             Err(TryLockError::WouldBlock) => return false,
         };
-        let mut worked = false;
-        // An engine that panicked is gone, as its thread would be.
-        engines.retain_mut(|engine| match catch_unwind(AssertUnwindSafe(|| engine.step())) {
-            Ok(did) => {
-                worked |= did;
-                true
-            }
-            Err(payload) => {
-                let error = self.engine_panicked(&panic_message(&*payload));
-                tracing::error!("{error}");
-                self.engine_failure.get_or_init(|| error);
-                false
-            }
-        });
-        worked
+        let Some(engine) = &mut *place else { return false };
+        catch_unwind(AssertUnwindSafe(|| engine.step())).unwrap_or_else(|payload| {
+            let error = self.engine_panicked(&panic_message(&*payload));
+            tracing::error!("{error}");
+            self.engine_failure.get_or_init(|| error);
+            // An engine that panicked is gone, as its thread would be.
+            *place = None;
+            false
+        })
     }
 
     /// Ends the stepped engines: waits for a step in progress, and there is no other.
     pub(super) fn stop(&self) {
-        self.stepped.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        for engine in &self.stepped {
+            drop(engine.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
     }
 
     fn engine_panicked(&self, message: &str) -> Error {

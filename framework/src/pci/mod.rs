@@ -74,6 +74,9 @@ pub enum Run {
     /// Whoever calls [`PciDevice::step`], and every register read, so that a driver that polls a status register
     /// makes progress. What happens when is then up to the caller alone.
     Stepped,
+    /// As [`Stepped`](Self::Stepped), and the driver lends its own time where it looks at a queue
+    /// ([`PciDevice::lend`]): a worker runs its device along with itself, on one core.
+    Inline,
 }
 
 /// A PCI function that this process drives.
@@ -204,10 +207,19 @@ impl PciDevice {
         failure.map(|error| error.device(self.name().to_owned()))
     }
 
-    /// Under [`Run::Stepped`], steps each engine once and returns whether any did work. False at once while another
-    /// thread steps them, and where they have threads of their own.
+    /// Under [`Run::Stepped`] and [`Run::Inline`], steps each engine once and returns whether any did work. Those that
+    /// another thread steps at this moment are left out; false where they have threads of their own.
     pub fn step(&self) -> bool {
         self.function.step()
+    }
+
+    /// For a driver, before it looks at queue `queue`: under [`Run::Inline`] one step of engine `queue`, modulo their
+    /// number. For any other device nothing happens. Returns whether the device lives on time lent to it, so that whoever
+    /// sleeps until it signals would sleep for ever.
+    #[inline]
+    #[allow(clippy::must_use_candidate, reason = "called to lend, mostly")]
+    pub fn lend(&self, queue: usize) -> bool {
+        self.function.lend(queue)
     }
 
     fn error(&self, kind: ErrorKind, operation: String, why: impl Into<String>) -> Error {

@@ -218,6 +218,39 @@ impl<T> MpConsumer<T> {
     }
 }
 
+/// An [`mpmc`] ring as one value, for pools: any number of threads copy slices in and out.
+pub(crate) struct Mpmc<T>(Heap<T>);
+
+impl<T: Copy + Send> Mpmc<T> {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self(Heap::new(capacity))
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+
+    /// How many items are in it: as [`MpConsumer::len`] says. All that was done before they were put there has happened.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Puts all `items` in, or none and returns false. The ring is not touched any more once others can take them.
+    #[inline]
+    pub(crate) fn push(&self, items: &[T]) -> bool {
+        // SAFETY: they are as many, and Copy. Any number of threads may be a `Multi`.
+        let pushed = unsafe { self.0.push(&mut Multi, items.as_ptr(), Amount::exactly(items.len())) };
+        pushed == items.len()
+    }
+
+    /// Takes as many as there are and fit out, to the start of `out`; returns how many.
+    #[inline]
+    pub(crate) fn pop(&self, out: &mut [MaybeUninit<T>]) -> usize {
+        // SAFETY: there is room for as many. Any number of threads may be a `Multi`.
+        unsafe { self.0.pop(&mut Multi, out.as_mut_ptr().cast(), Amount::up_to(out.len())) }
+    }
+}
+
 /// # Safety
 /// With [`Single`], it is the ring's only producer.
 #[inline]

@@ -10,9 +10,10 @@
 //! the handshake is what `check=leases` checks. A `Bus` is a device, in other words: whoever holds one is trusted as far
 //! as hardware is, and the safe types for DMA memory rely on it in the same way.
 
+mod words;
+
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::guard::Slot;
 use super::tlb::Tlb;
@@ -219,62 +220,6 @@ impl Bus {
         Ok(written as u64)
     }
 
-    /// Reads the aligned 64-bit word at `iova`, with Acquire: what its writer wrote before it is seen.
-    pub fn load_u64(&mut self, pasid: Option<Pasid>, iova: Iova) -> Result<u64, DmaFault> {
-        let mut value = 0;
-        self.words(pasid, iova, 1, Access::READ, |place| match place {
-            Place::Host { at, .. } => {
-                value = word_at(at, 0).load(Ordering::Acquire);
-                true
-            }
-            Place::Process => {
-                let mut bytes = [0; 8];
-                let complete = sva::read(iova.get(), &mut bytes) == 8;
-                value = u64::from_ne_bytes(bytes);
-                complete
-            }
-        })?;
-        Ok(value)
-    }
-
-    /// Writes the aligned 64-bit word at `iova`, with Release: what was written before it is seen by whoever reads
-    /// it. Under SVA the lowest byte is written last instead of all eight at once: the kernel copies bytes.
-    #[inline]
-    pub fn store_u64(&mut self, pasid: Option<Pasid>, iova: Iova, value: u64) -> Result<(), DmaFault> {
-        self.publish(pasid, iova, &[value])
-    }
-
-    /// Writes a record whose first word is its handshake: that one last, with Release, as
-    /// [`store_u64`](Self::store_u64) does. The record is aligned to its own size, a power of two.
-    #[inline]
-    pub fn publish<const N: usize>(
-        &mut self,
-        pasid: Option<Pasid>,
-        iova: Iova,
-        words: &[u64; N],
-    ) -> Result<(), DmaFault> {
-        const { assert!(N.is_power_of_two() && N <= 8, "a record is one to eight words, aligned to its size") };
-        self.words(pasid, iova, N as u64, Access::WRITE, |place| match place {
-            Place::Host { at, .. } => {
-                for (n, word) in words.iter().enumerate().skip(1) {
-                    // Relaxed: the handshake's Release publishes it.
-                    word_at(at, n).store(*word, Ordering::Relaxed);
-                }
-                word_at(at, 0).store(words[0], Ordering::Release);
-                true
-            }
-            Place::Process => {
-                let rest = words[1..]
-                    .iter()
-                    .enumerate()
-                    .all(|(n, word)| sva::write(iova.get() + 8 + 8 * n as u64, &word.to_le_bytes()) == 8);
-                let first = words[0].to_le_bytes();
-                rest && sva::write(iova.get() + 1, &first[1..]) == 7
-                    && sva::write(iova.get(), &first[..1]) == 1
-            }
-        })
-    }
-
     /// Only translates: whether the device could access `len` bytes.
     pub fn probe(
         &mut self,
@@ -345,39 +290,6 @@ impl Bus {
             }
         }
         Ok(())
-    }
-
-    /// Calls `each` with the place of `count` words, which are aligned to their size in all.
-    #[inline]
-    fn words(
-        &mut self,
-        pasid: Option<Pasid>,
-        iova: Iova,
-        count: u64,
-        access: Access,
-        each: impl FnOnce(Place) -> bool,
-    ) -> Result<(), DmaFault> {
-        let bytes = 8 * count;
-        if !iova.is_aligned_to(bytes) {
-            return Err(self.refuse(pasid, iova.get(), access, FaultReason::Misaligned, 0));
-        }
-        self.slot.enter(&self.device.generation);
-        // Aligned as they are they cross no page, so what is translated holds all of them; a lease may end inside.
-        let result = match self.translate(pasid, iova.get(), bytes, access) {
-            Ok(Place::Host { len, .. }) if len < bytes => Err(FaultReason::NotLeased),
-            Ok(place) => {
-                if each(place) {
-                    Ok(())
-                } else if access.allows(Access::WRITE) {
-                    Err(missing_or_read_only(iova.get()))
-                } else {
-                    Err(FaultReason::NotMapped)
-                }
-            }
-            Err(reason) => Err(reason),
-        };
-        self.slot.exit();
-        result.map_err(|reason| self.refuse(pasid, iova.get(), access, reason, 0))
     }
 
     /// Where `iova` is now, and how much of the `most` bytes is there in one piece. Only inside an access.
@@ -463,17 +375,6 @@ fn in_last_page(end: u64) -> u64 {
 #[cold]
 fn missing_or_read_only(address: u64) -> FaultReason {
     if sva::check(address, Access::READ) { FaultReason::Permission } else { FaultReason::NotMapped }
-}
-
-/// Word `n` from `at` on: inside a translated place, aligned to 8, that is large enough.
-#[inline]
-fn word_at<'a>(at: *mut u8, n: usize) -> &'a AtomicU64 {
-    #[allow(clippy::cast_ptr_alignment, reason = "aligned IOVAs are aligned pointers: pages are congruent")]
-    let first = at.cast::<u64>();
-    // SAFETY: `words` translated all of them in one piece.
-    let word = unsafe { first.add(n) };
-    // SAFETY: aligned and valid during this access, which the reference does not leave.
-    unsafe { AtomicU64::from_ptr(word) }
 }
 
 #[cfg(target_arch = "x86_64")]

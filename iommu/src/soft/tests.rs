@@ -87,13 +87,50 @@ fn the_same_region_in_two_spaces_is_the_same_memory() {
         (s.ioas.map(&region, Access::READ_WRITE).unwrap(), other.map(&region, Access::READ).unwrap());
     assert_eq!(one.iova(), two.iova(), "both take the region's preferred address");
     let mut bus = s.device.bus();
-    bus.store_u64(pasid(1), one.iova().wrapping_add(PAGE), 0x1122_3344_5566_7788).unwrap();
-    assert_eq!(bus.load_u64(pasid(2), two.iova().wrapping_add(PAGE)).unwrap(), 0x1122_3344_5566_7788);
-    assert_eq!(bus.store_u64(pasid(2), two.iova(), 1).unwrap_err().reason, FaultReason::Permission);
+    bus.store(pasid(1), one.iova().wrapping_add(PAGE), 0x1122_3344_5566_7788_u64).unwrap();
+    assert_eq!(bus.load::<u64>(pasid(2), two.iova().wrapping_add(PAGE)).unwrap(), 0x1122_3344_5566_7788);
+    assert_eq!(bus.store(pasid(2), two.iova(), 1_u64).unwrap_err().reason, FaultReason::Permission);
     assert_eq!(
-        bus.load_u64(pasid(1), one.iova().wrapping_add(4)).unwrap_err().reason,
+        bus.load::<u64>(pasid(1), one.iova().wrapping_add(4)).unwrap_err().reason,
         FaultReason::Misaligned
     );
+}
+
+#[test]
+fn words_of_each_width_have_a_place_of_their_own_size() {
+    let s = setup(SoftOptions::default(), None);
+    let mapping = s.ioas.map(&region(2), Access::READ_WRITE).unwrap();
+    let mut bus = s.device.bus();
+    let at = |offset| mapping.iova().wrapping_add(offset);
+    bus.store(None, at(0), u64::MAX).unwrap();
+    bus.store(None, at(2), 0x1234_u16).unwrap();
+    bus.store(None, at(4), 0x89ab_cdef_u32).unwrap();
+    assert_eq!(bus.load::<u64>(None, at(0)).unwrap(), 0x89ab_cdef_1234_ffff);
+    assert_eq!(bus.load::<u16>(None, at(6)).unwrap(), 0x89ab);
+    assert_eq!(bus.load::<u32>(None, at(0)).unwrap(), 0x1234_ffff);
+    for odd in [bus.load::<u16>(None, at(1)).map(drop), bus.load::<u32>(None, at(2)).map(drop)] {
+        assert_eq!(odd.unwrap_err().reason, FaultReason::Misaligned);
+    }
+    assert_eq!(bus.load_all(None, at(3), &mut [0_u16]).unwrap_err().reason, FaultReason::Misaligned);
+    assert_eq!(bus.store_all(None, at(6), &[0_u32]).unwrap_err().reason, FaultReason::Misaligned);
+}
+
+#[test]
+fn many_words_run_over_the_end_of_a_page_and_up_to_the_first_missing_one() {
+    let s = setup(SoftOptions::default(), None);
+    let mapping = s.ioas.map(&region(2), Access::READ_WRITE).unwrap();
+    let mut bus = s.device.bus();
+    let at = mapping.iova().wrapping_add(PAGE - 6);
+    bus.store_all(None, at, &[1_u16, 2, 3, 4, 5]).unwrap();
+    let mut out = [0_u16; 6];
+    bus.load_all(None, at, &mut out).unwrap();
+    assert_eq!(out, [1, 2, 3, 4, 5, 0]);
+    assert_eq!(bytes(&mapping)[PAGE as usize - 6..][..10], [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]);
+
+    let end = mapping.iova().wrapping_add(2 * PAGE - 8);
+    let fault = bus.store_all(None, end, &[7_u32; 3]).unwrap_err();
+    assert_eq!((fault.done, fault.reason), (8, FaultReason::NotMapped));
+    assert_eq!(bus.load_all(None, end, &mut [0_u32; 3]).unwrap_err().done, 8);
 }
 
 #[test]
@@ -178,7 +215,13 @@ fn only_leased_memory_can_be_accessed_where_leases_are_checked() {
     let over = bus.write(None, iova, &[1; 101]).unwrap_err();
     assert_eq!((over.done, over.reason), (100, FaultReason::NotLeased));
     assert_eq!(bus.read(None, iova, &mut [0]).unwrap_err().reason, FaultReason::NotLeased);
-    assert_eq!(bus.store_u64(None, iova.wrapping_add(96), 0).unwrap_err().reason, FaultReason::NotLeased);
+    assert_eq!(bus.store(None, iova.wrapping_add(96), 0_u64).unwrap_err().reason, FaultReason::NotLeased);
+    assert_eq!(bus.store_all(None, iova.wrapping_add(96), &[1_u32, 2]).unwrap_err().done, 4);
+    assert_eq!(
+        bus.store_all(None, iova.wrapping_add(88), &[1_u64, 2]).unwrap_err().done,
+        8,
+        "no half a word"
+    );
     leases.take_back(iova, 100, Access::WRITE);
     assert_eq!(bus.write(None, iova, b"x").unwrap_err().reason, FaultReason::NotLeased);
 }
@@ -214,7 +257,7 @@ fn leases_end_with_the_mapping() {
 fn addresses_over_the_width_are_out_of_range() {
     let s = setup(SoftOptions { address_width: 39, ..SoftOptions::default() }, None);
     let mut bus = s.device.bus();
-    let reason = |bus: &mut Bus, address| bus.load_u64(None, Iova::new(address)).unwrap_err().reason;
+    let reason = |bus: &mut Bus, address| bus.load::<u64>(None, Iova::new(address)).unwrap_err().reason;
     assert_eq!(reason(&mut bus, 1 << 39), FaultReason::OutOfRange);
     assert_eq!(reason(&mut bus, (1 << 39) - 8), FaultReason::NotMapped);
 }
@@ -276,9 +319,16 @@ fn under_sva_addresses_are_pointers_and_missing_pages_are_faults() {
     bus.copy(pasid(7), address(source.as_ptr()), address(target.as_mut_ptr()), 100_000).unwrap();
     assert_eq!(source, target);
     let mut words = [0_u64; 2];
-    bus.store_u64(pasid(7), address(words.as_mut_ptr().cast()), u64::MAX - 7).unwrap();
+    bus.store(pasid(7), address(words.as_mut_ptr().cast()), u64::MAX - 7).unwrap();
     assert_eq!(words[0], u64::MAX - 7);
-    assert_eq!(bus.load_u64(pasid(7), address(words.as_ptr().cast())).unwrap(), u64::MAX - 7);
+    assert_eq!(bus.load::<u64>(pasid(7), address(words.as_ptr().cast())).unwrap(), u64::MAX - 7);
+    bus.store(pasid(7), address(words.as_mut_ptr().cast()), 0x1234_u16).unwrap();
+    bus.store_all(pasid(7), address(words[1..].as_mut_ptr().cast()), &[0xaaaa_u32, 0xbbbb]).unwrap();
+    assert_eq!(words, [0xffff_ffff_ffff_1234, 0xbbbb_0000_aaaa]);
+    let mut halves = [0_u32; 4];
+    bus.load_all(pasid(7), address(words.as_ptr().cast()), &mut halves).unwrap();
+    assert_eq!(halves, [0xffff_1234, 0xffff_ffff, 0xaaaa, 0xbbbb]);
+    assert_eq!(bus.load::<u16>(pasid(7), Iova::new(8)).unwrap_err().reason, FaultReason::NotMapped);
 
     for missing in [0_u64, 8, 4096, 0x7fff_ffff_f000, u64::MAX - 7] {
         let fault = bus.read(pasid(7), Iova::new(missing), &mut [0; 8]).unwrap_err();
@@ -288,7 +338,7 @@ fn under_sva_addresses_are_pointers_and_missing_pages_are_faults() {
     let fault = bus.write(pasid(7), address(read_only.as_ptr()), b"no").unwrap_err();
     assert_eq!(fault.reason, FaultReason::Permission);
     let aligned = read_only.as_ptr().expose_provenance().next_multiple_of(8) as u64;
-    assert_eq!(bus.store_u64(pasid(7), Iova::new(aligned), 0).unwrap_err().reason, FaultReason::Permission);
+    assert_eq!(bus.store(pasid(7), Iova::new(aligned), 0_u64).unwrap_err().reason, FaultReason::Permission);
 }
 
 #[test]

@@ -1,0 +1,362 @@
+//! `peer=pcap:IN:OUT`: the packets of one capture file come in, what the driver sends goes to another.
+//!
+//! Meant for what is to be looked at, not for speed: both files are read and written in the device's own step.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use pcap_file::pcap::{PcapReader, RawPcapPacket};
+use pcap_file::{DataLink, PcapError, TsResolution};
+use underpass::{Error, ErrorKind, Result};
+use zerocopy::{Immutable, IntoBytes};
+
+use super::slot::Slot;
+use super::{Frame, Peer, PeerCounters};
+
+/// The longest packet that a capture file has (libpcap's limit for Ethernet).
+const MAX_PACKET: u32 = 262_144;
+/// What was written is flushed when the device asked for so many frames without sending one,
+const QUIET_POLLS: u32 = 1024;
+/// or after this time.
+const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+
+/// When packets of a file are delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pace {
+    /// As fast as there are buffers.
+    #[default]
+    Max,
+    /// With the distances in time that they were captured with.
+    Real,
+}
+
+struct Pcap {
+    input: Option<Input>,
+    output: Option<Arc<Output>>,
+    /// How often the device asked for a frame since it sent one; not counted further than to the flush.
+    polls: u32,
+    counters: Arc<PeerCounters>,
+}
+
+/// Opens both files. The first queue pair gets all of the input; the output has what was sent on all, in the order in
+/// which it came.
+pub(super) fn open(
+    input: Option<&Path>,
+    output: Option<&Path>,
+    pace: Pace,
+    pairs: usize,
+) -> Result<Vec<Box<dyn Peer>>> {
+    let mut reader = input.map(|path| Input::open(path, pace)).transpose()?;
+    let writer = output.map(|path| Output::create(path, input)).transpose()?.map(Arc::new);
+    let peer = |_| {
+        let counters = Arc::default();
+        Box::new(Pcap { input: reader.take(), output: writer.clone(), polls: QUIET_POLLS, counters })
+            as Box<dyn Peer>
+    };
+    Ok((0..pairs).map(peer).collect())
+}
+
+impl Peer for Pcap {
+    fn transmit(&mut self, frame: Frame<'_>) -> bool {
+        self.counters.sent(frame.bytes);
+        if let Some(output) = &self.output {
+            self.polls = 0;
+            if !output.write(frame.bytes) {
+                self.counters.failed.add(1);
+            }
+        }
+        true
+    }
+
+    fn receive(&mut self) -> Option<Frame<'_>> {
+        if self.polls < QUIET_POLLS {
+            self.polls += 1;
+            if let Some(output) = self.output.as_ref().filter(|_| self.polls == QUIET_POLLS) {
+                output.flush();
+            }
+        }
+        let input = self.input.as_mut()?;
+        let has_packet = input.is_early
+            || input.read().unwrap_or_else(|error| {
+                let why = why(&error, "it was cut after it was opened");
+                tracing::error!("{}: {why}: nothing more is delivered of it", input.path.display());
+                self.counters.failed.add(1);
+                false
+            });
+        if !has_packet {
+            self.input = None;
+            return None;
+        }
+        let input = self.input.as_mut()?;
+        input.is_early = input.due.is_some_and(|due| Instant::now() < due);
+        if input.is_early {
+            return None;
+        }
+        let frame = input.packet.frame();
+        self.counters.received(frame.bytes);
+        Some(frame)
+    }
+
+    fn counters(&self) -> Arc<PeerCounters> {
+        Arc::clone(&self.counters)
+    }
+}
+
+/// A capture file that is read.
+struct Input {
+    path: PathBuf,
+    reader: PcapReader<File>,
+    pace: Pace,
+    /// When the first packet was read, and when it was captured.
+    start: Option<(Instant, Duration)>,
+    /// The packet that was read last.
+    packet: Slot,
+    /// When that is to be delivered, if not at once.
+    due: Option<Instant>,
+    /// It is not to be delivered yet.
+    is_early: bool,
+}
+
+impl Input {
+    /// Opens a file after it was read through once: a damaged one is refused before any of it is delivered.
+    fn open(path: &Path, pace: Pace) -> Result<Self> {
+        let mut reader = reader(path)?;
+        let (mut packets, mut cut) = (0u64, 0u64);
+        while let Some(packet) = reader.next_raw_packet() {
+            packets += 1;
+            let why = match packet {
+                Ok(packet) if packet.incl_len <= MAX_PACKET => {
+                    cut += u64::from(packet.incl_len < packet.orig_len);
+                    continue;
+                }
+                Ok(packet) => format!("packet {packets} is said to have {} bytes", packet.incl_len),
+                Err(error) => {
+                    format!(
+                        "packet {packets} is not whole: {}",
+                        why(&error, "the file ends in the middle of it")
+                    )
+                }
+            };
+            let mend = match packets - 1 {
+                0 => "capture it again".to_owned(),
+                whole => format!(
+                    "capture it again, or keep what is before it: editcap -r {} MENDED.pcap 1-{whole}",
+                    path.display()
+                ),
+            };
+            return Err(refused(path, why).mend(mend));
+        }
+        if cut != 0 {
+            tracing::warn!(
+                "{}: {cut} of {packets} packets were captured in part only, and are delivered as short as they are",
+                path.display()
+            );
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            reader: self::reader(path)?,
+            pace,
+            start: None,
+            packet: Slot::new(),
+            due: None,
+            is_early: false,
+        })
+    }
+
+    /// Reads the next packet; false at the end of the file.
+    fn read(&mut self) -> Result<bool, PcapError> {
+        let resolution = self.reader.header().ts_resolution;
+        let Some(packet) = self.reader.next_raw_packet().transpose()? else { return Ok(false) };
+        self.packet.put(Frame::finished(&packet.data));
+        if self.pace == Pace::Real {
+            let captured = captured(&packet, resolution);
+            let (start, first) = *self.start.get_or_insert_with(|| (Instant::now(), captured));
+            self.due = Some(start + captured.saturating_sub(first));
+        }
+        Ok(true)
+    }
+}
+
+/// When a packet was captured, since 1970.
+fn captured(packet: &RawPcapPacket<'_>, resolution: TsResolution) -> Duration {
+    let fraction = match resolution {
+        TsResolution::MicroSecond => Duration::from_micros(packet.ts_frac.into()),
+        TsResolution::NanoSecond => Duration::from_nanos(packet.ts_frac.into()),
+    };
+    Duration::from_secs(packet.ts_sec.into()) + fraction
+}
+
+/// A reader of an Ethernet capture.
+fn reader(path: &Path) -> Result<PcapReader<File>> {
+    let file = File::open(path).map_err(|error| failed(path, "it can not be opened", error))?;
+    // It is read twice, which a pipe can not be.
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err(refused(path, "it is not a regular file").mend("save the packets in a file first"));
+    }
+    let reader = PcapReader::new(file).map_err(|error| {
+        refused(path, format!("it is not a pcap file: {}", why(&error, "it is shorter than its header")))
+            .mend(format!("if it is a pcapng file, convert it: editcap -F pcap {} OUT.pcap", path.display()))
+    })?;
+    match reader.header().datalink {
+        DataLink::ETHERNET => Ok(reader),
+        other => {
+            Err(refused(path, format!("its packets are not Ethernet frames but of link type {other:?}"))
+                .mend("capture on one Ethernet interface, not on all (-i any)"))
+        }
+    }
+}
+
+fn why(error: &PcapError, at_the_end: &str) -> String {
+    match error {
+        PcapError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => at_the_end.to_owned(),
+        PcapError::IoError(error) => error.to_string(),
+        PcapError::InvalidField(field) => (*field).to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn refused(path: &Path, why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, format!("use the file {}", path.display()), why.into())
+}
+
+fn failed(path: &Path, why: &'static str, error: io::Error) -> Error {
+    Error::os(format!("use the file {}", path.display()), why, error)
+}
+
+/// The header of a file with timestamps in nanoseconds (draft-ietf-opsawg-pcap, section 4). Numbers in this machine's
+/// byte order, as readers expect from the magic number.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct FileHeader {
+    magic: u32,
+    major: u16,
+    minor: u16,
+    reserved: [u32; 2],
+    snap_len: u32,
+    link_type: u32,
+}
+
+/// The header of a packet (likewise, section 5).
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct RecordHeader {
+    seconds: u32,
+    nanoseconds: u32,
+    captured_len: u32,
+    original_len: u32,
+}
+
+const HEADER: FileHeader = FileHeader {
+    magic: 0xa1b2_3c4d,
+    major: 2,
+    minor: 4,
+    reserved: [0; 2],
+    snap_len: MAX_PACKET,
+    link_type: 1, // Ethernet
+};
+
+/// A capture file that is written. (`PcapWriter` could not be flushed before its end.)
+struct Output {
+    path: PathBuf,
+    writer: Mutex<Writer>,
+}
+
+struct Writer {
+    file: BufWriter<File>,
+    flushed: Instant,
+    /// An error was reported.
+    is_broken: bool,
+}
+
+impl Output {
+    fn create(path: &Path, input: Option<&Path>) -> Result<Self> {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(|error| failed(path, "it can not be created", error))?;
+        let is_input = input.is_some_and(|input| is_same(&file, input));
+        if is_input {
+            return Err(refused(path, "it can not be both read and written").mend("name two files"));
+        }
+        file.try_lock().map_err(|error| {
+            Error::new(ErrorKind::Busy, format!("write the file {}", path.display()), error.to_string())
+                .mend("another port writes it: give each port a file of its own")
+        })?;
+        // A pipe or a device has no length.
+        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            file.set_len(0).map_err(|error| failed(path, "it can not be made empty", error))?;
+        }
+        let mut file = BufWriter::with_capacity(1 << 16, file);
+        file.write_all(HEADER.as_bytes())
+            .and_then(|()| file.flush())
+            .map_err(|error| failed(path, "it can not be written", error))?;
+        let writer = Writer { file, flushed: Instant::now(), is_broken: false };
+        Ok(Self { path: path.to_owned(), writer: Mutex::new(writer) })
+    }
+
+    /// Writes a frame; false if it is lost.
+    fn write(&self, frame: &[u8]) -> bool {
+        self.with(|writer| {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            let header = RecordHeader {
+                seconds: now.as_secs() as u32,
+                nanoseconds: now.subsec_nanos(),
+                captured_len: frame.len() as u32,
+                original_len: frame.len() as u32,
+            };
+            writer.file.write_all(header.as_bytes())?;
+            writer.file.write_all(frame)?;
+            if writer.flushed.elapsed() >= FLUSH_WITHIN {
+                writer.flush()?;
+            }
+            Ok(())
+        })
+    }
+
+    fn flush(&self) {
+        self.with(Writer::flush);
+    }
+
+    /// Does something with the file and returns whether that went well. The first error is reported; after it the file
+    /// ends, since what would follow half a packet is of no use.
+    fn with(&self, act: impl FnOnce(&mut Writer) -> io::Result<()>) -> bool {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if writer.is_broken {
+            return false;
+        }
+        let result = act(&mut writer);
+        if let Err(error) = &result {
+            tracing::error!("{}: {error}: nothing more is written to it", self.path.display());
+            writer.is_broken = true;
+        }
+        result.is_ok()
+    }
+}
+
+impl Writer {
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()?;
+        self.flushed = Instant::now();
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+fn is_same(file: &File, path: &Path) -> bool {
+    let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    file.metadata().is_ok_and(|ours| path.metadata().is_ok_and(|theirs| identity(ours) == identity(theirs)))
+}
+
+#[cfg(test)]
+mod tests;
