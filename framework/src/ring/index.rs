@@ -208,7 +208,7 @@ impl Slip {
         if found < most {
             // The other side is slower.
             self.due = self.rest;
-        } else if found < 2 * most {
+        } else if found / 2 < most {
             self.due -= 1;
         }
         self.due == 0
