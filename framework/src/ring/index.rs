@@ -82,10 +82,11 @@ impl Amount {
         Self { least: 1, most: count as u64 }
     }
 
-    /// How many of `free` it takes.
+    /// How many of `free` it takes. An empty run is none: among several threads, who publishes nothing would take the
+    /// tail back to where another has gone on from.
     fn of(self, free: u64) -> Option<u64> {
         let count = self.most.min(free);
-        (count >= self.least).then_some(count)
+        (count >= self.least.max(1)).then_some(count)
     }
 }
 
