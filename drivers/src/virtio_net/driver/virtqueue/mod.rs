@@ -201,3 +201,28 @@ fn check_memory(memory: &DmaBuf, len: usize) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidInput, "set up a virtqueue", why)
         .mend("split it from a buffer at a multiple of 64, with Virtqueue::memory_len bytes"))
 }
+
+/// Takes up to `most` buffers: by runs of the common case, and one by one where a run ends. Returns how many, and what
+/// the device did wrong after that.
+#[inline]
+fn take_in_runs<Q, T, E: FnMut(T, u32)>(
+    queue: &mut Q,
+    most: usize,
+    mut each: E,
+    run: impl Fn(&mut Q, usize, &mut E) -> usize,
+    one: impl Fn(&mut Q) -> Result<Option<(T, u32)>, Broken>,
+) -> (usize, Option<Broken>) {
+    let mut count = 0;
+    loop {
+        count += run(queue, most - count, &mut each);
+        if count == most {
+            return (count, None);
+        }
+        match one(queue) {
+            Ok(Some((token, written))) => each(token, written),
+            Ok(None) => return (count, None),
+            Err(broken) => return (count, Some(broken)),
+        }
+        count += 1;
+    }
+}

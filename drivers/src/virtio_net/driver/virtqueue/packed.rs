@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
-use super::shadow::{Lent, Posted, Shadow, Used, writable};
-use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
+use super::shadow::{Posted, Shadow, Used, writable};
+use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory, take_in_runs};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::packed::{
     self, Descriptor, EVENT_LEN, EventFlags, EventSuppress, HANDSHAKE, Handshake, INDIRECT, NEXT, WRITE,
@@ -31,7 +31,7 @@ pub struct PackedQueue<T> {
     broken: Option<Broken>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct State {
     free: u16,
     /// Where the next descriptor is made available, and where the next one is used.
@@ -99,73 +99,154 @@ impl Place {
 type Ring = [[AtomicU64; 2]];
 
 impl State {
-    /// Writes the next descriptor. The first one since the last publish stays hidden: the device looks at no other before
-    /// it ("Polling of available and used descriptors").
-    #[inline]
-    fn push(&mut self, ring: &Ring, size: u16, addr: u64, word: Handshake) {
-        let Place { at, wrap } = self.avail;
-        let word = word.with_flags(word.flags() | packed::available(wrap));
-        let [addr_word, handshake] = &ring[usize::from(at)];
-        // Relaxed, both: publish orders them.
-        addr_word.store(addr, Ordering::Relaxed);
-        if self.held.is_some() {
-            handshake.store(word.into_bits(), Ordering::Relaxed);
-        } else {
-            self.held = Some((at, word));
-        }
-        self.avail.advance(1, size);
-    }
-
-    /// Accounts for a buffer of so many descriptors.
-    #[inline]
-    fn added(&mut self, descriptors: u16) {
-        self.free -= descriptors;
-        self.added += 1;
-        self.added_descriptors += descriptors;
-    }
-
-    /// Id and length at the place where the device uses a buffer next, if it has. A length without [`WRITE`] means nothing.
+    /// Id and length at the place where the device uses a buffer next, if it has.
     #[inline]
     fn next_used(&self, ring: &Ring) -> Option<(u32, u32)> {
         // A place without a posted buffer says nothing.
-        if self.posted == 0 {
-            return None;
-        }
-        // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
-        let word = Handshake::from_bits(ring[usize::from(self.used.at)][1].load(Ordering::Acquire));
-        let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
-        word.is_used(self.used.wrap).then_some((word.id().into(), len))
-    }
-
-    /// The same, had the device written a descriptor for each buffer. One stands for all buffers up to the one that it
-    /// names, and those before that are used as a whole ("In-order use of descriptors").
-    #[inline]
-    fn next_in_order<T>(
-        &mut self,
-        ring: &Ring,
-        size: u16,
-        shadow: &Lent<'_, T>,
-    ) -> Result<Option<(u32, u32)>, Broken> {
-        if self.batch == 0 {
-            let Some((id, len)) = self.next_used(ring) else { return Ok(None) };
-            shadow.posted(id)?;
-            // Ids of buffers in order follow each other.
-            let (id, oldest) = (id as u16, self.oldest);
-            let before = if id >= oldest { id - oldest } else { id + size - oldest };
-            if before >= self.posted {
-                return Err(Broken::ORDER);
-            }
-            (self.batch, self.batch_len) = (before + 1, len);
-        }
-        let id = self.oldest;
-        let len = if self.batch == 1 { self.batch_len } else { shadow.posted(id.into())?.writable };
-        self.batch -= 1;
-        self.oldest = if id + 1 == size { 0 } else { id + 1 };
-        Ok(Some((id.into(), len)))
+        if self.posted == 0 { None } else { used_at(ring, self.used) }
     }
 }
 
+/// Id and length of the buffer that the device used here, if it has. A length without [`WRITE`] means nothing.
+#[inline]
+fn used_at(ring: &Ring, place: Place) -> Option<(u32, u32)> {
+    // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
+    let word = Handshake::from_bits(ring[usize::from(place.at)][1].load(Ordering::Acquire));
+    let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
+    word.is_used(place.wrap).then_some((word.id().into(), len))
+}
+
 impl<T> PackedQueue<T> {
+    /// Takes buffers of one descriptor and, in order, that the device used one by one, up to the first with which anything
+    /// is wrong or special. Returns how many.
+    #[inline]
+    fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (size, mut place) = (self.size, self.state.used);
+        let (in_order, mut oldest) = (self.in_order, self.state.oldest);
+        let most = most.min(self.state.posted.into()) as u16;
+        let ring = ring(&self.ring);
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((id, len)) = used_at(ring, place) else { return n };
+                if in_order && id != u32::from(oldest) {
+                    return n;
+                }
+                let Some(token) = shadow.take_plain(id, len) else { return n };
+                place.advance(1, size);
+                oldest = following(oldest, size);
+                each(token, len);
+            }
+            most
+        });
+        self.state.used = place;
+        self.state.oldest = oldest;
+        self.state.posted -= taken;
+        self.state.free += taken;
+        taken.into()
+    }
+
+    /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
+    #[inline]
+    fn take_batch(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (size, mut id) = (self.size, self.state.oldest);
+        let most = most.min(self.state.batch.saturating_sub(1).into()) as u16;
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, len)) = shadow.take_whole(id) else { return n };
+                id = following(id, size);
+                each(token, len);
+            }
+            most
+        });
+        let state = &mut self.state;
+        state.oldest = id;
+        state.used.advance(taken, size);
+        state.batch -= taken;
+        state.posted -= taken;
+        state.free += taken;
+        taken.into()
+    }
+
+    /// Takes any buffer, if the device has used one.
+    fn take_one(&mut self) -> Result<Option<(T, u32)>, Broken> {
+        let size = self.size;
+        let Self { shadow, ring: records, state, .. } = self;
+        let ring = ring(records);
+        let used = shadow.lend(|shadow| {
+            let mut next = None;
+            if state.batch == 0 {
+                let Some((id, len)) = state.next_used(ring) else { return Ok(None) };
+                if self.in_order {
+                    // One descriptor stands for all buffers up to the one that it names ("In-order use of
+                    // descriptors"), and ids of buffers in order follow each other.
+                    shadow.posted(id)?;
+                    let (id, oldest) = (id as u16, state.oldest);
+                    let before = if id >= oldest { id - oldest } else { id + size - oldest };
+                    if before >= state.posted {
+                        return Err(Broken::ORDER);
+                    }
+                    (state.batch, state.batch_len) = (before + 1, len);
+                }
+                next = Some((id, len));
+            }
+            if self.in_order {
+                let id = u32::from(state.oldest);
+                let len = if state.batch == 1 { state.batch_len } else { shadow.posted(id)?.writable };
+                state.batch -= 1;
+                state.oldest = following(state.oldest, size);
+                next = Some((id, len));
+            }
+            let Some((id, len)) = next else { return Ok(None) };
+            let used = shadow.take(id, len)?;
+            shadow.free_id(id as u16);
+            Ok(Some(used))
+        })?;
+        let Some(Used { token, written, descriptors }) = used else { return Ok(None) };
+        state.used.advance(descriptors, size);
+        state.posted -= 1;
+        state.free += descriptors;
+        Ok(Some((token, written)))
+    }
+
+    /// Posts more than one buffer: by a chain, or by a table if there are tables.
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let size = self.size;
+        let Self { shadow, ring: records, tables, state, .. } = self;
+        let (ring, tables) = (ring(records), tables.as_mut());
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
+        }
+        shadow.lend(|shadow| {
+            let id = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(id) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
+                    tables.write(first + n, &Descriptor { addr, handshake });
+                }
+                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
+                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
+                push(ring, state.avail, &mut state.held, tables.iova(first).get(), word);
+                state.avail.advance(1, size);
+            } else {
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
+                    let word = handshake(buffer, id);
+                    let word = word.with_flags(word.flags() | chained);
+                    push(ring, state.avail, &mut state.held, buffer.iova.get(), word);
+                    state.avail.advance(1, size);
+                }
+            }
+            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
+        });
+        state.added += 1;
+        state.added_descriptors += descriptors;
+        state.free -= descriptors;
+        Ok(())
+    }
+
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
         self.broken = Some(broken);
@@ -175,6 +256,27 @@ impl<T> PackedQueue<T> {
 
     fn want(&self, event: EventSuppress) {
         self.driver_event.word(0, 0).store(event.into_bits(), Ordering::Relaxed);
+    }
+}
+
+/// The id after this one.
+#[inline]
+fn following(id: u16, size: u16) -> u16 {
+    if id + 1 == size { 0 } else { id + 1 }
+}
+
+/// Writes a descriptor. The first one since the last publish is held back, which hides all: the device looks at no other
+/// before it ("Polling of available and used descriptors").
+#[inline]
+fn push(ring: &Ring, place: Place, held: &mut Option<(u16, Handshake)>, addr: u64, word: Handshake) {
+    let word = word.with_flags(word.flags() | packed::available(place.wrap));
+    let [addr_word, handshake] = &ring[usize::from(place.at)];
+    // Relaxed, both: publish orders them.
+    addr_word.store(addr, Ordering::Relaxed);
+    if held.is_some() {
+        handshake.store(word.into_bits(), Ordering::Relaxed);
+    } else {
+        *held = Some((place.at, word));
     }
 }
 
@@ -244,60 +346,42 @@ impl<T> Virtqueue for PackedQueue<T> {
         self.state.free
     }
 
+    #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let size = self.size;
-        let Self { shadow, ring: records, tables, state, .. } = self;
-        let (ring, tables) = (ring(records), tables.as_mut().filter(|_| buffers.len() > 1));
-        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
-        if descriptors > state.free {
-            return Err(token);
-        }
-        shadow.lend(|shadow| {
-            let id = shadow.take_id();
-            if let Some(tables) = tables {
-                let first = usize::from(id) * usize::from(self.max_chain);
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
-                    tables.write(first + n, &Descriptor { addr, handshake });
-                }
-                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
-                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
-                state.push(ring, size, tables.iova(first).get(), word);
-            } else {
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
-                    let word = handshake(buffer, id);
-                    state.push(ring, size, buffer.iova.get(), word.with_flags(word.flags() | chained));
-                }
+        match buffers {
+            [_] if self.state.free == 0 => Err(token),
+            [buffer] => {
+                let mut one = Some((token, *buffer));
+                self.add_burst(1, || one.take());
+                Ok(())
             }
-            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
-        });
-        state.added(descriptors);
-        Ok(())
+            _ => self.add_chain(token, buffers),
+        }
     }
 
     #[inline]
     fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
-        let size = self.size;
-        let Self { shadow, ring: records, state: kept, .. } = self;
-        let ring = ring(records);
-        // A copy, so that it stays in registers; see Shadow::lend.
-        let mut state = *kept;
-        let most = most.min(state.free.into());
-        let added = shadow.lend(|shadow| {
+        let (size, mut place) = (self.size, self.state.avail);
+        let mut held = self.state.held;
+        let ring = ring(&self.ring);
+        let most = most.min(self.state.free.into()) as u16;
+        let added = self.shadow.lend(|shadow| {
             for n in 0..most {
                 let Some((token, buffer)) = next() else { return n };
                 let id = shadow.take_id();
-                state.push(ring, size, buffer.iova.get(), handshake(&buffer, id));
+                push(ring, place, &mut held, buffer.iova.get(), handshake(&buffer, id));
+                place.advance(1, size);
                 let writable = if buffer.write { buffer.len } else { 0 };
                 shadow.post(id, token, Posted { writable, descriptors: 1, position: 0 });
-                state.added(1);
             }
             most
         });
-        *kept = state;
-        added
+        let state = &mut self.state;
+        (state.avail, state.held) = (place, held);
+        state.added += added;
+        state.added_descriptors += added;
+        state.free -= added;
+        added.into()
     }
 
     #[inline]
@@ -339,40 +423,20 @@ impl<T> Virtqueue for PackedQueue<T> {
     }
 
     #[inline]
-    fn take_burst(&mut self, most: usize, mut each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+    fn take_burst(&mut self, most: usize, each: impl FnMut(T, u32)) -> Result<usize, Broken> {
         if let Some(broken) = self.broken {
             return Err(broken);
         }
-        let (size, in_order) = (self.size, self.in_order);
-        let Self { shadow, ring: records, state: kept, .. } = self;
-        let ring = ring(records);
-        // A copy, so that it stays in registers; see Shadow::lend.
-        let mut state = *kept;
-        let (taken, broken) = shadow.lend(|shadow| {
-            for taken in 0..most {
-                let next = if in_order {
-                    state.next_in_order(ring, size, shadow)
-                } else {
-                    Ok(state.next_used(ring))
-                };
-                let (id, len) = match next {
-                    Ok(Some(used)) => used,
-                    Ok(None) => return (taken, None),
-                    Err(broken) => return (taken, Some(broken)),
-                };
-                let Used { token, written, descriptors } = match shadow.take(id, len) {
-                    Ok(used) => used,
-                    Err(broken) => return (taken, Some(broken)),
-                };
-                shadow.free_id(id as u16);
-                state.free += descriptors;
-                state.posted -= 1;
-                state.used.advance(descriptors, size);
-                each(token, written);
-            }
-            (most, None)
-        });
-        *kept = state;
+        let (taken, broken) = take_in_runs(
+            self,
+            most,
+            each,
+            |queue, most, each| match queue.state.batch {
+                0 => queue.take_plain(most, each),
+                _ => queue.take_batch(most, each),
+            },
+            Self::take_one,
+        );
         match broken.map(|broken| self.fail(broken)) {
             Some(broken) if taken == 0 => Err(broken),
             _ => Ok(taken),

@@ -66,8 +66,8 @@ impl<T> Shadow<T> {
         }
     }
 
-    /// Lends all of it to a burst. The ring's words are atomics, after each of which the compiler reads everything in
-    /// memory again; what a burst has of its own stays in registers.
+    /// Lends all of it to a burst. The ring's words are atomics, after each of which the compiler reads memory again; what
+    /// a burst has for itself stays in registers.
     #[inline]
     pub(super) fn lend<R>(&mut self, burst: impl FnOnce(&mut Lent<'_, T>) -> R) -> R {
         let mut lent = Lent { slots: &mut self.slots, free_ids: &mut self.free_ids, turn: self.turn };
@@ -115,6 +115,26 @@ impl<T> Lent<'_, T> {
             Some(_) => Err(Broken::ID_NOT_POSTED),
             None => Err(Broken::ID_OUT_OF_RANGE),
         }
+    }
+
+    /// The common case of [`take`](Self::take): a buffer of one descriptor with which all is well. Of any other `None`, and
+    /// it stays.
+    #[inline]
+    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<T> {
+        let slot = self.slots.get_mut(id as usize)?;
+        if slot.posted.descriptors != 1 || len > slot.posted.writable {
+            return None;
+        }
+        let token = slot.token.take()?;
+        self.free_id(id as u16);
+        Some(token)
+    }
+
+    /// The same for a buffer that was used as a whole, and its length.
+    #[inline]
+    pub(super) fn take_whole(&mut self, id: u16) -> Option<(T, u32)> {
+        let writable = self.slots.get(usize::from(id))?.posted.writable;
+        Some((self.take_plain(id.into(), writable)?, writable))
     }
 
     /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes. Of a buffer that

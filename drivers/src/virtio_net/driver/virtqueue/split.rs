@@ -5,8 +5,8 @@ use std::sync::atomic::{Ordering, fence};
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
-use super::shadow::{Lent, Posted, Shadow, Used, writable};
-use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
+use super::shadow::{Posted, Shadow, Used, writable};
+use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory, take_in_runs};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::split::{
     self, Descriptor, INDIRECT, NEXT, UsedElement, WRITE, avail, need_event, used,
@@ -37,7 +37,7 @@ pub struct SplitQueue<T> {
 }
 
 /// Indices count buffers and wrap at 16 bits.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct State {
     free: u16,
     /// Buffers added; those published; those published when it was last asked whether to notify.
@@ -47,10 +47,10 @@ struct State {
     /// Buffers taken back, and those that the device had used when its index was last read.
     taken: u16,
     used: u16,
-    /// In order: the first descriptor of the oldest buffer; where the batch that the device used at once ends, and what
-    /// it wrote to the last of it.
+    /// In order: the first descriptor of the oldest buffer; how many of the batch that the device used at once were not
+    /// taken, and what it wrote to the last of it.
     oldest: u16,
-    batch_end: u16,
+    batch: u16,
     batch_len: u32,
 }
 
@@ -64,7 +64,7 @@ impl State {
             taken: 0,
             used: 0,
             oldest: 0,
-            batch_end: 0,
+            batch: 0,
             batch_len: 0,
         }
     }
@@ -78,32 +78,6 @@ const RING: usize = 2;
 const _: () = assert!(avail::FLAGS == 2 * FLAGS && avail::IDX == 2 * IDX && avail::ring(0) == 2 * RING);
 const _: () = assert!(used::FLAGS == 2 * FLAGS && used::IDX == 2 * IDX && used::ring(0) == 2 * RING);
 
-impl State {
-    /// Id and length of the next used element, had the device written one for each buffer. One stands for all buffers up to
-    /// the one that it names, and those before that are used as a whole ("In-order use of descriptors", 2.7.9).
-    #[inline]
-    fn next_in_order<T>(
-        &mut self,
-        (id, len): (u32, u32),
-        mask: u16,
-        shadow: &Lent<'_, T>,
-    ) -> Result<(u32, u32), Broken> {
-        if self.batch_end == self.taken {
-            let last = shadow.posted(id)?;
-            if last.position.wrapping_sub(self.taken) >= self.used.wrapping_sub(self.taken) {
-                return Err(Broken::ORDER);
-            }
-            self.batch_end = last.position.wrapping_add(1);
-            self.batch_len = len;
-        }
-        let id = u32::from(self.oldest);
-        let posted = shadow.posted(id)?;
-        let is_last = self.taken.wrapping_add(1) == self.batch_end;
-        self.oldest = self.oldest.wrapping_add(posted.descriptors) & mask;
-        Ok((id, if is_last { self.batch_len } else { posted.writable }))
-    }
-}
-
 impl<T> SplitQueue<T> {
     /// Reads how many buffers the device has used.
     #[inline]
@@ -115,6 +89,140 @@ impl<T> SplitQueue<T> {
             return Err(Broken::INDEX);
         }
         state.used = used;
+        Ok(())
+    }
+
+    /// Buffers that the device has used and that were not taken, as far as known.
+    #[inline]
+    fn ready(&self) -> u16 {
+        self.state.used.wrapping_sub(self.state.taken)
+    }
+
+    /// Takes buffers of one descriptor and, in order, with an element each, up to the first with which anything is wrong or
+    /// special. Returns how many.
+    #[inline]
+    fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (mask, from, in_order, oldest) =
+            (self.size - 1, self.state.taken, self.in_order, self.state.oldest);
+        let most = most.min(self.ready().into()) as u16;
+        let (elements, _) = self.elements.words().as_chunks::<2>();
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let [id, len] = &elements[usize::from(from.wrapping_add(n) & mask)];
+                let (id, len) = (id.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
+                if in_order && id != u32::from(oldest.wrapping_add(n) & mask) {
+                    return n;
+                }
+                let Some(token) = shadow.take_plain(id, len) else { return n };
+                each(token, len);
+            }
+            most
+        });
+        self.state.taken = from.wrapping_add(taken);
+        self.state.oldest = oldest.wrapping_add(taken) & mask;
+        self.state.free += taken;
+        taken.into()
+    }
+
+    /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
+    #[inline]
+    fn take_batch(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (mask, oldest) = (self.size - 1, self.state.oldest);
+        let most = most.min(self.state.batch.saturating_sub(1).into()) as u16;
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, len)) = shadow.take_whole(oldest.wrapping_add(n) & mask) else { return n };
+                each(token, len);
+            }
+            most
+        });
+        let state = &mut self.state;
+        state.taken = state.taken.wrapping_add(taken);
+        state.oldest = oldest.wrapping_add(taken) & mask;
+        state.batch -= taken;
+        state.free += taken;
+        taken.into()
+    }
+
+    /// Takes any buffer, if the device has used one.
+    fn take_one(&mut self) -> Result<Option<(T, u32)>, Broken> {
+        let (mask, ready) = (self.size - 1, self.ready());
+        if ready == 0 {
+            return Ok(None);
+        }
+        let Self { shadow, elements, next, state, .. } = self;
+        let mut element = elements.read(usize::from(state.taken & mask));
+        let Used { token, written, descriptors } = shadow.lend(|shadow| {
+            if self.in_order {
+                if state.batch == 0 {
+                    // One element stands for all buffers up to the one that it names ("In-order use of descriptors").
+                    let last = shadow.posted(element.id)?;
+                    let before = last.position.wrapping_sub(state.taken);
+                    if before >= ready {
+                        return Err(Broken::ORDER);
+                    }
+                    (state.batch, state.batch_len) = (before + 1, element.len);
+                }
+                let id = u32::from(state.oldest);
+                let len = if state.batch == 1 { state.batch_len } else { shadow.posted(id)?.writable };
+                element = UsedElement { id, len };
+            }
+            let used = shadow.take(element.id, element.len)?;
+            // An id that was posted has 16 bits.
+            let mut at = element.id as u16;
+            for _ in 1..used.descriptors {
+                shadow.free_id(at);
+                at = next[usize::from(at)];
+            }
+            shadow.free_id(at);
+            Ok(used)
+        })?;
+        state.batch = state.batch.saturating_sub(1);
+        state.oldest = state.oldest.wrapping_add(descriptors) & mask;
+        state.taken = state.taken.wrapping_add(1);
+        state.free += descriptors;
+        Ok(Some((token, written)))
+    }
+
+    /// Posts more than one buffer: by a chain, or by a table if there are tables.
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
+        let tables = tables.as_mut();
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
+        }
+        let head = shadow.lend(|shadow| {
+            let head = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(head) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
+                    tables.write(first + n, &descriptor(buffer, next));
+                }
+                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
+                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
+            } else {
+                let mut at = head;
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
+                    desc.write(at.into(), &descriptor(buffer, next));
+                    if let Some(next) = next {
+                        links[usize::from(at)] = next;
+                        at = next;
+                    }
+                }
+            }
+            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
+            shadow.post(head, token, posted);
+            head
+        });
+        // Relaxed, as the descriptors: publish orders it.
+        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
+        state.added = state.added.wrapping_add(1);
+        state.free -= descriptors;
         Ok(())
     }
 
@@ -199,45 +307,17 @@ impl<T> Virtqueue for SplitQueue<T> {
         self.state.free
     }
 
+    #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let mask = self.size - 1;
-        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
-        let tables = tables.as_mut().filter(|_| buffers.len() > 1);
-        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
-        if descriptors > state.free {
-            return Err(token);
-        }
-        let head = shadow.lend(|shadow| {
-            let head = shadow.take_id();
-            if let Some(tables) = tables {
-                let first = usize::from(head) * usize::from(self.max_chain);
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
-                    tables.write(first + n, &descriptor(buffer, next));
-                }
-                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
-                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
-            } else {
-                let mut at = head;
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
-                    desc.write(at.into(), &descriptor(buffer, next));
-                    if let Some(next) = next {
-                        links[usize::from(at)] = next;
-                        at = next;
-                    }
-                }
+        match buffers {
+            [_] if self.state.free == 0 => Err(token),
+            [buffer] => {
+                let mut one = Some((token, *buffer));
+                self.add_burst(1, || one.take());
+                Ok(())
             }
-            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
-            shadow.post(head, token, posted);
-            head
-        });
-        // Relaxed, as the descriptors: publish orders it.
-        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
-        state.added = state.added.wrapping_add(1);
-        state.free -= descriptors;
-        Ok(())
+            _ => self.add_chain(token, buffers),
+        }
     }
 
     #[inline]
@@ -301,49 +381,25 @@ impl<T> Virtqueue for SplitQueue<T> {
     }
 
     #[inline]
-    fn take_burst(&mut self, most: usize, mut each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+    fn take_burst(&mut self, most: usize, each: impl FnMut(T, u32)) -> Result<usize, Broken> {
         if let Some(broken) = self.broken {
             return Err(broken);
         }
-        if usize::from(self.state.used.wrapping_sub(self.state.taken)) < most
+        if usize::from(self.ready()) < most
             && let Err(broken) = self.poll()
         {
             return Err(self.fail(broken));
         }
-        let (mask, in_order) = (self.size - 1, self.in_order);
-        let Self { shadow, elements, next, state: kept, .. } = self;
-        let (elements, _) = elements.words().as_chunks::<2>();
-        // A copy, so that it stays in registers; see Shadow::lend.
-        let mut state = *kept;
-        let most = most.min(state.used.wrapping_sub(state.taken).into());
-        let (taken, broken) = shadow.lend(|shadow| {
-            for taken in 0..most {
-                let [id, len] = &elements[usize::from(state.taken & mask)];
-                let mut used = (id.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
-                if in_order {
-                    match state.next_in_order(used, mask, shadow) {
-                        Ok(in_order) => used = in_order,
-                        Err(broken) => return (taken, Some(broken)),
-                    }
-                }
-                let Used { token, written, descriptors } = match shadow.take(used.0, used.1) {
-                    Ok(used) => used,
-                    Err(broken) => return (taken, Some(broken)),
-                };
-                // An id that was posted has 16 bits.
-                let mut at = used.0 as u16;
-                for _ in 1..descriptors {
-                    shadow.free_id(at);
-                    at = next[usize::from(at)];
-                }
-                shadow.free_id(at);
-                state.free += descriptors;
-                state.taken = state.taken.wrapping_add(1);
-                each(token, written);
-            }
-            (most, None)
-        });
-        *kept = state;
+        let (taken, broken) = take_in_runs(
+            self,
+            most,
+            each,
+            |queue, most, each| match queue.state.batch {
+                0 => queue.take_plain(most, each),
+                _ => queue.take_batch(most, each),
+            },
+            Self::take_one,
+        );
         match broken.map(|broken| self.fail(broken)) {
             Some(broken) if taken == 0 => Err(broken),
             _ => Ok(taken),
