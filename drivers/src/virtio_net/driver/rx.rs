@@ -161,9 +161,12 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
                 Ok(len) => {
                     bytes += u64::from(len);
                     // There are at most as many buffers as there is room for packets.
-                    let _ = burst.push(packet);
+                    let _ = burst.push(packet).map_err(discard);
                 }
-                Err(wrong) => wrong.count(counters),
+                Err(wrong) => {
+                    wrong.count(counters);
+                    discard(packet);
+                }
             }
         });
         (bytes, taken.err().map(|broken| broken.why))
@@ -195,15 +198,18 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
                 break;
             }
             left -= count;
-            let Frames { space, rules: Rules { header_len, .. }, .. } = &self.frames;
+            let (space, header_len) = (self.frames.space.view(), self.frames.rules.header_len);
             let mut fresh = self.fresh.drain_all();
             posted |= 0
                 != self.queue.add_burst(count, || {
                     let mut packet = fresh.next()?;
                     // The header goes before the place of the packet's bytes, which so keeps its alignment.
                     packet.post(HEADROOM - header_len);
-                    let buffer =
-                        Buffer::writable(space.hand_out(&packet, Access::WRITE)?, packet.data().len() as u32);
+                    let Some(iova) = space.hand_out(&packet, Access::WRITE) else {
+                        discard(packet);
+                        return None;
+                    };
+                    let buffer = Buffer::writable(iova, packet.data().len() as u32);
                     Some((packet, buffer))
                 });
         }
@@ -384,6 +390,12 @@ impl<Q: Virtqueue<Token = Packet> + Send> Ring for RxRing<Q> {
         self.queue.reset(|packet| space.take_back(&packet, Access::WRITE));
         self.frames.parts.clear();
     }
+}
+
+/// Drops a packet, out of line: what seldom happens is not to fill the loops of bursts.
+#[cold]
+pub(super) fn discard(packet: Packet) {
+    drop(packet);
 }
 
 /// Takes a VLAN tag out of the frame, if it has one.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use underpass::dma::DmaSpace;
+use underpass::dma::{DmaSpace, View};
 use underpass::net::headers::ethertype;
 use underpass::net::{Counters, MIN_FRAME, Offloads, State, TxQueue, Values, checksum};
 use underpass::pci::PciDevice;
@@ -113,10 +113,10 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
             self.reclaim_sent(&mut sum);
         }
         let count = self.fitting(burst);
-        let (sender, mut packets) = (&self.sender, burst.drain(count));
+        let (sender, space, mut packets) = (&self.sender, self.sender.space.view(), burst.drain(count));
         loop {
             let mut odd = None;
-            self.queue.add_burst(count, || match sender.plain(packets.next()?) {
+            self.queue.add_burst(count, || match sender.plain(packets.next()?, space) {
                 Ok(posted) => Some(posted),
                 Err(packet) => {
                     odd = Some(packet);
@@ -205,7 +205,7 @@ impl Sender {
     /// Makes a buffer of a packet in one piece that has headroom and no offloads; gives any other back, and one with which
     /// something is wrong.
     #[inline]
-    fn plain(&self, mut packet: Packet) -> Result<(Packet, Buffer), Packet> {
+    fn plain(&self, mut packet: Packet, space: View<'_>) -> Result<(Packet, Buffer), Packet> {
         let len = packet.data().len();
         let is_plain = packet.next().is_none() && packet.tx_offload().is_none() && packet.vlan().is_none();
         if !is_plain || self.is_leased || !(MIN_FRAME..=self.max).contains(&len) {
@@ -217,7 +217,7 @@ impl Sender {
         if !rest.is_empty() {
             rest.fill(0);
         }
-        let Some(iova) = self.space.iova(&packet) else {
+        let Some(iova) = space.iova(&packet) else {
             packet.trim_front(self.header_len);
             return Err(packet);
         };
