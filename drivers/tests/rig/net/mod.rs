@@ -8,7 +8,7 @@ mod random;
 pub(crate) mod ring;
 pub(crate) mod tapped;
 pub(crate) mod virtio;
-mod wire;
+pub(crate) mod wire;
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use underpass_drivers::virtio_net::model::VirtioNetControl;
 
 pub(crate) use random::Random;
 pub(crate) use tapped::Taps;
-pub(crate) use wire::{OnWire, Wire};
+pub(crate) use wire::Wire;
 
 /// Longer than anything in these tests takes, on a busy machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
