@@ -364,7 +364,7 @@ impl<T> Clone for MpConsumer<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests;
 
 #[cfg(all(test, loom))]

@@ -261,9 +261,11 @@ fn corrupt(why: &'static str) -> Error {
 
 impl Memory {
     fn header(&self) -> &Header {
+        #[allow(clippy::cast_ptr_alignment, reason = "`new` checked it")]
+        let header = self.buf.as_ptr().cast::<Header>();
         // SAFETY: `new` checked that a header fits and is aligned; it is atomics and padding, and lives as long as self. Its
         // bytes are only ever reached as atomics: here by this reference, on the other side as such or by a device.
-        unsafe { &*self.buf.as_ptr().cast::<Header>() }
+        unsafe { &*header }
     }
 
     fn view<'a>(
@@ -321,6 +323,6 @@ impl<T> fmt::Debug for SharedConsumer<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 #[path = "shared_tests.rs"]
 mod tests;
