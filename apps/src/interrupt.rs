@@ -23,6 +23,12 @@ impl Stop {
         Ok(stop)
     }
 
+    /// One that no signal reaches.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        Self(Arc::default())
+    }
+
     /// Whether to stop.
     #[inline]
     pub(crate) fn asked(&self) -> bool {

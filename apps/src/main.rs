@@ -9,8 +9,10 @@
 mod copy;
 mod crc32c;
 mod demo;
+mod forward;
 mod interrupt;
 mod size;
+mod value;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -87,6 +89,7 @@ struct Cli {
 enum Command {
     Demo(demo::Args),
     Copy(copy::Args),
+    Forward(forward::Args),
 }
 
 fn main() -> ExitCode {
@@ -109,6 +112,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Copy(args)) => copy::run(&args),
+        Some(Command::Forward(args)) => forward::run(&args),
         None => print(&{ command }.render_help().to_string()),
     };
     match result {
@@ -148,6 +152,7 @@ fn refused(error: &clap::Error) -> ExitCode {
         (ErrorKind::InvalidSubcommand, _) => "--help",
         (_, Some("copy")) => "copy --help",
         (_, Some("demo")) => "demo --help",
+        (_, Some("forward")) => "forward --help",
         _ => "--help",
     };
     eprintln!("underpass: {}; try: {} {help}", in_one_line(&error.render().to_string()), command_name());

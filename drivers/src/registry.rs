@@ -8,18 +8,14 @@
 //! # }
 //! ```
 
+mod schemes;
+
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use underpass::accel::Accelerator;
-use underpass::iommu::soft::{SoftIommu, SoftOptions};
-use underpass::net::Port;
-use underpass::pci::{PciDevice, Run};
+use underpass::net::{MacAddr, Port};
 use underpass::{Error, ErrorKind, Result, worker};
-
-use crate::cpu::Cpu;
-use crate::dsa::model::{DsaModel, DsaProfile};
-use crate::dsa::{Dsa, WqMode};
 
 /// A kind of address and what opens it.
 #[derive(Debug, Clone, Copy)]
@@ -52,59 +48,6 @@ pub struct SchemeOption {
     pub values: &'static str,
     /// What it does, in one line.
     pub what: &'static str,
-}
-
-const CPU: Scheme = Scheme {
-    name: "cpu",
-    what: "jobs done by the CPU, in the thread that submits them",
-    options: &[],
-    open: |_| Ok(Device::Accelerator(Box::new(Cpu::new()))),
-};
-
-const SOFT_DSA: Scheme = Scheme {
-    name: "soft:dsa",
-    what: "a software Intel DSA behind the software IOMMU, in this process",
-    options: &[
-        SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 32 (8)" },
-        SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 32 (1)" },
-        SchemeOption {
-            name: "mode",
-            values: "dedicated|shared",
-            what: "how work queues are used (dedicated)",
-        },
-        SchemeOption { name: "pasids", values: "N", what: "PASIDs that the IOMMU has; 0 is none (1048575)" },
-        SchemeOption {
-            name: "check",
-            values: "leases",
-            what: "refuse DMA to memory that was not handed out",
-        },
-        SchemeOption { name: "core", values: "N", what: "the core that the engines run on (any)" },
-    ],
-    open: open_soft_dsa,
-};
-
-const SOFT_WQS: RangeInclusive<usize> = 1..=DsaProfile::MAX_WQS;
-const SOFT_ENGINES: RangeInclusive<usize> = 1..=DsaProfile::MAX_ENGINES;
-/// PASIDs have 20 bits, and 0 is not one that is given out.
-const SOFT_PASIDS: RangeInclusive<u32> = 0..=(1 << 20) - 1;
-
-fn open_soft_dsa(address: &Address<'_>) -> Result<Device> {
-    let mut profile = DsaProfile::default();
-    if let Some(wqs) = address.number("wqs", SOFT_WQS)? {
-        profile.wqs = wqs;
-    }
-    profile.engines = address.number("engines", SOFT_ENGINES)?.unwrap_or(1);
-    let mode = address.choice("mode", &[("dedicated", WqMode::Dedicated), ("shared", WqMode::Shared)])?;
-    let check_leases = address.choice("check", &[("leases", true)])?.unwrap_or_default();
-    let mut options = SoftOptions { check_leases, ..SoftOptions::default() };
-    if let Some(pasids) = address.number("pasids", SOFT_PASIDS)? {
-        options.max_pasids = pasids;
-    }
-    let cores = address.core()?.into_iter().collect();
-    let iommu = SoftIommu::new(options);
-    let model = Box::new(DsaModel::new(profile));
-    let device = PciDevice::in_process(address.text, model, &iommu, Run::Threads { cores })?;
-    Ok(Device::Accelerator(Box::new(Dsa::open(device)?.with_mode(mode.unwrap_or_default()))))
 }
 
 /// An address taken apart.
@@ -153,6 +96,19 @@ impl<'a> Address<'a> {
             Ok(number) if range.contains(&number) => Ok(Some(number)),
             _ => Err(invalid(self.text, format!("{name}={value} is not a number it can have"))
                 .mend(format!("{name} is a number from {} to {}", range.start(), range.end()))),
+        }
+    }
+
+    /// The value of an option that is a MAC address of one station.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is none.
+    pub fn mac(&self, name: &str) -> Result<Option<MacAddr>> {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        match value.parse::<MacAddr>() {
+            Ok(mac) if !mac.is_multicast() => Ok(Some(mac)),
+            _ => Err(invalid(self.text, format!("{name}={value} is not the address of one station"))
+                .mend(format!("{name} is written as 02:00:00:00:00:01"))),
         }
     }
 
@@ -235,7 +191,7 @@ pub struct Registry {
 
 /// The registry with all that this crate has.
 pub fn builtin() -> Registry {
-    Registry { schemes: vec![&CPU, &SOFT_DSA] }
+    Registry { schemes: schemes::ALL.to_vec() }
 }
 
 impl Registry {
@@ -322,7 +278,7 @@ mod tests {
     fn what_is_not_known_is_refused_with_a_list_of_what_is() {
         let error = refused("dsa");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa"));
+        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa, soft:virtio-net"));
         assert_eq!(refused("").kind(), ErrorKind::InvalidInput);
 
         let error = refused("soft:dsa,wq=1");
@@ -401,6 +357,6 @@ mod tests {
         };
         let error = builtin().with(&MINE).open("cpu,why=because").map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("because"), "{error}");
-        assert_eq!(builtin().known().count(), 2);
+        assert_eq!(builtin().known().count(), schemes::ALL.len());
     }
 }

@@ -3,6 +3,8 @@
 //! Runs in a network namespace of its own, which an ordinary user may have on most systems; where one may not, or where
 //! there is no `ping`, the test says so and does nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,7 @@ fn in_namespace(test: &str) -> bool {
     }
     for (tool, argument) in [("ip", "-V"), ("ping", "-V"), ("unshare", "-V")] {
         if Command::new(tool).arg(argument).output().is_err() {
-            println!("skipped: there is no `{tool}` (Debian: apt install iproute2 iputils-ping util-linux)");
+            eprintln!("skipped: there is no `{tool}` (Debian: apt install iproute2 iputils-ping util-linux)");
             return false;
         }
     }
@@ -37,7 +39,7 @@ fn in_namespace(test: &str) -> bool {
     };
     let tap = unshare(Command::new("ip").args(["tuntap", "add", "dev", "tap0", "mode", "tap"]));
     if !tap.status.success() {
-        println!(
+        eprintln!(
             "skipped: no tap in a network namespace here: {}",
             String::from_utf8_lossy(&tap.stderr).trim()
         );

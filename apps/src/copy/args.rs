@@ -1,14 +1,13 @@
 //! The options of `underpass copy`.
 
-use std::num::{IntErrorKind, ParseIntError};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use underpass::accel::{DifBlock, OpKind};
 
 use crate::size;
+use crate::value::{positive, seconds};
 
 /// Operations that a benchmark can repeat. Drain and probe are not among them: neither works on a buffer.
 pub(crate) const OPS: [OpKind; 16] = [
@@ -101,31 +100,10 @@ fn block_parser() -> impl TypedValueParser<Value = DifBlock> {
     })
 }
 
-fn positive<N: FromStr<Err = ParseIntError> + Default + PartialEq>(text: &str) -> Result<N, String> {
-    match text.parse() {
-        Ok(number) if number == N::default() => Err("it must be at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Err("that is too large".into()),
-        Err(_) => Err("it is a whole number".into()),
-    }
-}
-
 /// A job's bytes: no more than an address space could ever hold, so that sums of a few do not overflow.
 fn job_size(text: &str) -> Result<u64, String> {
     match size::parse_nonzero(text)? {
         bytes if bytes >> 48 != 0 => Err("that is more than an address space holds".into()),
         bytes => Ok(bytes),
-    }
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "it is a number of seconds: 2 or 0.5".to_owned())?;
-    match Duration::try_from_secs_f64(seconds) {
-        _ if seconds.is_nan() => Err("it is a number of seconds: 2 or 0.5".into()),
-        Ok(time) if !time.is_zero() => Ok(time),
-        Err(_) if seconds > 0.0 => {
-            Err("that is too long; leave it out or name a number of seconds: 60".into())
-        }
-        _ => Err("it must be more than 0".into()),
     }
 }

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+mod random;
 pub(crate) mod stepped;
 
 use std::sync::Arc;
@@ -12,38 +13,12 @@ use underpass::accel::{Accelerator, Channel, Config, Dif, DifBlock, Done, Job, O
 use underpass::dma::DmaBuf;
 use underpass::{Access, Burst, Region};
 
+pub(crate) use random::Random;
+
 use crate::reference;
 
 /// Longer than any job of these tests takes, on a busy machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A repeatable source of variety: `SplitMix64`.
-#[derive(Debug, Clone)]
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    pub(crate) fn coin(&mut self) -> bool {
-        self.next() & 1 == 1
-    }
-
-    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
 
 /// How the start of a buffer must be aligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

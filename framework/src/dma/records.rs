@@ -71,7 +71,7 @@ impl<T: FromBytes + IntoBytes + Immutable, W: Word> Records<T, W> {
     #[inline]
     pub fn write(&mut self, index: usize, value: &T) {
         let bytes = value.as_bytes().chunks_exact(size_of::<W>());
-        for (word, bytes) in self.words(index).iter().zip(bytes) {
+        for (word, bytes) in self.record(index).iter().zip(bytes) {
             let mut bits = [0; 8];
             bits[..size_of::<W>()].copy_from_slice(bytes);
             // Relaxed: whatever publishes the record orders it.
@@ -89,7 +89,7 @@ impl<T: FromBytes + IntoBytes + Immutable, W: Word> Records<T, W> {
         // Zeroed and then overwritten in pieces: T is any bytes (FromBytes), and has no padding (IntoBytes).
         let mut value = T::new_zeroed();
         let bytes = value.as_mut_bytes().chunks_exact_mut(size_of::<W>());
-        for (word, bytes) in self.words(index).iter().zip(bytes) {
+        for (word, bytes) in self.record(index).iter().zip(bytes) {
             let bits = W::load(word, Ordering::Relaxed).to_bits().to_le_bytes();
             bytes.copy_from_slice(&bits[..size_of::<W>()]);
         }
@@ -110,19 +110,23 @@ impl<T: FromBytes + IntoBytes + Immutable, W: Word> Records<T, W> {
     #[inline]
     pub fn word(&self, index: usize, offset: usize) -> &W::Atomic {
         assert!(offset.is_multiple_of(size_of::<W>()), "a word at {offset}");
-        &self.words(index)[offset / size_of::<W>()]
+        &self.record(index)[offset / size_of::<W>()]
+    }
+
+    /// The words of all records, one after the other: for loops over many records, which find their memory once.
+    #[inline]
+    pub fn words(&self) -> &[W::Atomic] {
+        let first = self.buf.ptr.as_ptr().cast::<W::Atomic>();
+        // SAFETY: the records' words are inside the buffer, initialised and aligned (atomics have their words' size and
+        // alignment, which `new` checked), and live as long as self. They are only ever reached as atomics: by this, and
+        // by the device's side as such or as raw copies.
+        unsafe { std::slice::from_raw_parts(first, self.len() * Self::WORDS) }
     }
 
     #[inline]
-    fn words(&self, index: usize) -> &[W::Atomic] {
+    fn record(&self, index: usize) -> &[W::Atomic] {
         assert!(index < self.len(), "record {index} of {}", self.len());
-        let first = self.buf.ptr.as_ptr().cast::<W::Atomic>();
-        // SAFETY: index is inside the buffer.
-        let record = unsafe { first.add(index * Self::WORDS) };
-        // SAFETY: the words of a record are inside the buffer, initialised and aligned (atomics have their words' size and
-        // alignment, which `new` checked), and live as long as self. They are only ever reached as atomics: by this, and
-        // by the device's side as such or as raw copies.
-        unsafe { std::slice::from_raw_parts(record, Self::WORDS) }
+        &self.words()[index * Self::WORDS..][..Self::WORDS]
     }
 }
 

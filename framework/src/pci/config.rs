@@ -222,6 +222,13 @@ impl ConfigSpace {
         this
     }
 
+    /// With this revision; without it is 0.
+    #[must_use]
+    pub fn with_revision(mut self, revision: u8) -> Self {
+        self.put(REVISION_AND_CLASS, &[revision]);
+        self
+    }
+
     /// Adds a capability: `body` is what follows its 2-byte header, and a bit of it can be written where `writable`,
     /// which may be shorter, has a one.
     ///

@@ -110,10 +110,12 @@ impl InProcess {
 
     /// Steps engine `n`, modulo their number, if drivers are to.
     #[inline]
-    pub(super) fn lend(&self, n: usize) {
-        if self.inline && !self.stepped.is_empty() {
+    pub(super) fn lend(&self, n: usize) -> bool {
+        let lent = self.inline && !self.stepped.is_empty();
+        if lent {
             self.step_one(&self.stepped[n % self.stepped.len()]);
         }
+        lent
     }
 
     fn step_one(&self, engine: &Mutex<Option<Box<dyn Engine>>>) -> bool {

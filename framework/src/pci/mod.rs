@@ -214,10 +214,12 @@ impl PciDevice {
     }
 
     /// For a driver, before it looks at queue `queue`: under [`Run::Inline`] one step of engine `queue`, modulo their
-    /// number. For any other device nothing happens.
+    /// number. For any other device nothing happens. Returns whether the device lives on time lent to it, so that whoever
+    /// sleeps until it signals would sleep for ever.
     #[inline]
-    pub fn lend(&self, queue: usize) {
-        self.function.lend(queue);
+    #[allow(clippy::must_use_candidate, reason = "called to lend, mostly")]
+    pub fn lend(&self, queue: usize) -> bool {
+        self.function.lend(queue)
     }
 
     fn error(&self, kind: ErrorKind, operation: String, why: impl Into<String>) -> Error {

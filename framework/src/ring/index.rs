@@ -12,23 +12,28 @@
 //! A side only ever reads the other's *tail*, by an Acquire load that pairs with the Release store in `publish`: what was
 //! written to a slot, or read from it, happened before. It does so only when what it saw last time is not enough,
 //! since that line is in the other core's cache; what it saw is kept in `limit`.
+//!
+//! In memory that others share too, any of these words may hold anything. So all that is read from there is checked before
+//! it is used: what is found is [`Refused::Corrupt`], and nothing overflows or waits for ever.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A 64-bit atomic word: the standard one, or loom's.
 pub(super) trait Word {
     fn load(&self, order: Ordering) -> u64;
     fn store(&self, value: u64, order: Ordering);
-    /// May fail for no reason. Orders nothing.
+    /// Replaces `old`, or tells what is there. May fail for no reason; orders nothing.
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64>;
-    /// Another thread is to change this word: give way to it. `turn` counts the calls.
-    fn wait(&self, turn: u32);
+    /// Waits for another thread to do something, for the `turn`th time.
+    fn wait(turn: u32);
+    /// Does nothing for some turns of a spinning loop.
+    fn pause(turns: u32);
 }
 
 /// Two cache lines, since processors fetch lines in pairs: what one core writes and another does not is in its own.
 #[derive(Debug, Default)]
 #[repr(C, align(128))]
-pub(super) struct Line<T>(T);
+pub(super) struct Line<T>(pub(super) T);
 
 /// The positions of those who push, or of those who pop.
 #[derive(Debug, Default)]
@@ -50,25 +55,53 @@ struct Reserved<W> {
 
 impl<W: Word> Side<W> {
     /// How many items this side has finished with.
-    pub(super) fn tail(&self, order: Ordering) -> u64 {
-        self.tail.0.load(order)
+    pub(super) fn tail(&self) -> u64 {
+        self.tail.0.load(Ordering::Acquire)
     }
 }
 
-/// A run of slots that one thread may write, or read, until it publishes them.
+/// A ring as one of its sides sees it.
+pub(super) struct View<'a, W> {
+    pub(super) ours: &'a Side<W>,
+    pub(super) theirs: &'a Side<W>,
+    /// By how much this side may be ahead of the other's tail: the capacity for producers, 0 for consumers.
+    pub(super) lead: u64,
+    pub(super) capacity: u64,
+    /// How often to wait for another thread of this side before it is taken for dead; `None`: for as long as it takes.
+    pub(super) patience: Option<u32>,
+}
+
+impl<W: Word> View<'_, W> {
+    /// Up to where slots can be reserved.
+    #[inline]
+    fn limit(&self) -> u64 {
+        self.theirs.tail().wrapping_add(self.lead)
+    }
+}
+
+/// A run of slots that one thread may write, or read, until it publishes them. Never longer than the ring.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Run {
     pub(super) at: u64,
     pub(super) count: u64,
 }
 
+/// Why no slots were reserved or published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// There are not as many.
+    TooFew,
+    /// The positions make no sense.
+    Corrupt,
+}
+
 /// How many items an operation moves.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Amount {
     /// No less than this, or none.
-    pub(super) least: u64,
+    least: u64,
     /// No more than this.
-    pub(super) most: u64,
+    most: u64,
 }
 
 impl Amount {
@@ -82,113 +115,203 @@ impl Amount {
         Self { least: 1, most: count as u64 }
     }
 
+    pub(super) fn most(self) -> usize {
+        self.most as usize
+    }
+
     /// How many of `free` it takes. An empty run is none: among several threads, who publishes nothing would take the
     /// tail back to where another has gone on from.
-    fn of(self, free: u64) -> Option<u64> {
+    fn of(self, free: u64) -> Result<u64, Refused> {
         let count = self.most.min(free);
-        (count >= self.least.max(1)).then_some(count)
+        if count >= self.least.max(1) { Ok(count) } else { Err(Refused::TooFew) }
     }
 }
 
 /// How the threads of one side share it.
 pub(super) trait Mode {
-    /// Reserves slots of `ours`, which lead those that `theirs` has finished with by at most `lead`: the capacity for
-    /// producers, 0 for consumers. `None`: there are too few.
-    fn reserve<W: Word>(
-        &mut self,
-        ours: &Side<W>,
-        theirs: &Side<W>,
-        lead: u64,
-        amount: Amount,
-    ) -> Option<Run>;
+    /// Reserves slots.
+    fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused>;
 
     /// Gives a run to the other side.
-    fn publish<W: Word>(&mut self, ours: &Side<W>, run: Run);
+    fn publish<W: Word>(&mut self, ring: &View<'_, W>, run: Run) -> Result<(), Refused>;
 }
 
 /// A side that one thread has for itself: where it is, nobody else needs to know.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Single {
     head: u64,
     limit: u64,
+    slip: Slip,
 }
 
 impl Single {
-    /// Goes on where `ours` was left. Nobody else of that side goes on.
-    pub(super) fn at<W: Word>(ours: &Side<W>) -> Self {
-        let head = ours.tail(Ordering::Acquire);
-        Self { head, limit: head }
+    /// Goes on where `side` was left. Nobody else does.
+    pub(super) fn new<W: Word>(side: &Side<W>) -> Self {
+        let head = side.tail();
+        Self { head, limit: head, slip: Slip::default() }
     }
 }
 
 impl Mode for Single {
     #[inline]
-    fn reserve<W: Word>(
-        &mut self,
-        _ours: &Side<W>,
-        theirs: &Side<W>,
-        lead: u64,
-        amount: Amount,
-    ) -> Option<Run> {
-        if self.limit - self.head < amount.most {
-            self.limit = theirs.tail(Ordering::Acquire) + lead;
+    fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused> {
+        let mut free = self.limit.wrapping_sub(self.head);
+        if free < amount.most {
+            let mut limit = ring.limit();
+            free = limit.wrapping_sub(self.head);
+            if self.slip.is_due(free, amount.most) {
+                W::pause(SLIP);
+                limit = ring.limit();
+                let found = std::mem::replace(&mut free, limit.wrapping_sub(self.head));
+                self.slip.did(free > found);
+            }
+            if free > ring.capacity {
+                return Err(Refused::Corrupt);
+            }
+            self.limit = limit;
         }
-        let count = amount.of(self.limit - self.head)?;
-        Some(Run { at: self.head, count })
+        Ok(Run { at: self.head, count: amount.of(free)? })
     }
 
     #[inline]
-    fn publish<W: Word>(&mut self, ours: &Side<W>, run: Run) {
-        self.head = run.at + run.count;
-        // Release: pairs with the Acquire in `reserve`.
-        ours.tail.0.store(self.head, Ordering::Release);
+    fn publish<W: Word>(&mut self, ring: &View<'_, W>, run: Run) -> Result<(), Refused> {
+        self.head = run.at.wrapping_add(run.count);
+        // Release: pairs with the Acquire in `Side::tail`.
+        ring.ours.tail.0.store(self.head, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// How long one side lets the other get ahead, in turns of a spinning loop: a microsecond or two.
+const SLIP: u32 = 32;
+
+/// When to let the other side get ahead.
+///
+/// Two cores that work on the same few cache lines, each as fast as it can, take those lines from each other with every
+/// operation: the one that is behind finds just what it asked for, and no more, time after time. If it waits a moment,
+/// both go on at several times the speed, each with its own lines. Whether that is so shows when it is tried. Where it does
+/// not help, as when both ends are one thread's, it is tried ever more rarely.
+#[derive(Debug)]
+struct Slip {
+    /// How often just enough is to be found before the next try.
+    due: u32,
+    /// What `due` is set to after a try without avail.
+    rest: u32,
+}
+
+impl Slip {
+    const FIRST: u32 = 16;
+    const LAST: u32 = 1 << 20;
+
+    /// `found` was there, `most` was asked for.
+    #[inline]
+    fn is_due(&mut self, found: u64, most: u64) -> bool {
+        if found < most {
+            // The other side is slower.
+            self.due = self.rest;
+        } else if found / 2 < most {
+            self.due -= 1;
+        }
+        self.due == 0
+    }
+
+    #[cold]
+    fn did(&mut self, help: bool) {
+        self.rest = if help { Self::FIRST } else { (2 * self.rest).min(Self::LAST) };
+        self.due = if help { 1 } else { self.rest };
+    }
+}
+
+impl Default for Slip {
+    fn default() -> Self {
+        Self { due: Self::FIRST, rest: Self::FIRST }
     }
 }
 
 /// A side that any number of threads share. They reserve slots by moving the head with a compare-and-exchange and publish
 /// them in the order of reservation, so that a thread which is interrupted in between makes others of its side wait.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Multi;
+
+/// How often a thread tries to reserve slots while others get ahead of it. It would be unheard of among those that do
+/// nothing else but move items.
+const TRIES: u32 = 1 << 20;
 
 impl Mode for Multi {
     #[inline]
-    fn reserve<W: Word>(
-        &mut self,
-        ours: &Side<W>,
-        theirs: &Side<W>,
-        lead: u64,
-        amount: Amount,
-    ) -> Option<Run> {
-        let Reserved { head, limit } = &ours.reserved.0;
+    fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused> {
+        let Reserved { head, limit } = &ring.ours.reserved.0;
         let mut at = head.load(Ordering::Relaxed);
-        loop {
-            // Both can be old. Signed: another thread may have stored a limit that it read before the head came here.
+        for _ in 0..TRIES {
+            // Both may be old: the limit may even be one that another thread read before the head came here.
             // Acquire: pairs with the Release below, and so with the publication that the limit was read from.
-            let mut free = limit.load(Ordering::Acquire).wrapping_sub(at).cast_signed();
-            if free < amount.most.cast_signed() {
-                let now = theirs.tail(Ordering::Acquire) + lead;
+            let mut free = limit.load(Ordering::Acquire).wrapping_sub(at);
+            if free < amount.most || free > ring.capacity {
+                let now = ring.limit();
                 limit.store(now, Ordering::Release);
-                free = now.wrapping_sub(at).cast_signed();
+                free = now.wrapping_sub(at);
             }
-            let count = amount.of(free.max(0).cast_unsigned())?;
+            if free > ring.capacity {
+                // It was the head that is old: whoever sees the other side's tail also sees the head which allowed it.
+                match head.load(Ordering::Relaxed) {
+                    now if now == at => return Err(Refused::Corrupt),
+                    now => at = now,
+                }
+                continue;
+            }
+            let count = amount.of(free)?;
             // Relaxed: the head orders nothing. What a run's owner does is ordered by the tails.
-            match head.exchange(at, at + count) {
-                Ok(()) => return Some(Run { at, count }),
+            match head.exchange(at, at.wrapping_add(count)) {
+                Ok(()) => return Ok(Run { at, count }),
                 Err(now) => at = now,
             }
         }
+        Err(Refused::TooFew)
     }
 
     #[inline]
-    fn publish<W: Word>(&mut self, ours: &Side<W>, run: Run) {
-        let tail = &ours.tail.0;
+    fn publish<W: Word>(&mut self, ring: &View<'_, W>, run: Run) -> Result<(), Refused> {
+        let tail = &ring.ours.tail.0;
         let mut turn = 0;
         // Acquire: whoever sees the store below also sees what those before have done.
         while tail.load(Ordering::Acquire) != run.at {
-            tail.wait(turn);
-            turn += 1;
+            if ring.patience.is_some_and(|most| turn >= most) {
+                return Err(Refused::Corrupt);
+            }
+            W::wait(turn);
+            turn = turn.saturating_add(1);
         }
-        // Release: pairs with the Acquire in `reserve`.
-        tail.store(run.at + run.count, Ordering::Release);
+        // Release: pairs with the Acquire in `Side::tail`.
+        tail.store(run.at.wrapping_add(run.count), Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Word for AtomicU64 {
+    #[inline]
+    fn load(&self, order: Ordering) -> u64 {
+        self.load(order)
+    }
+
+    #[inline]
+    fn store(&self, value: u64, order: Ordering) {
+        self.store(value, order);
+    }
+
+    #[inline]
+    fn exchange(&self, old: u64, new: u64) -> Result<(), u64> {
+        self.compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed).map(drop)
+    }
+
+    #[inline]
+    fn wait(turn: u32) {
+        // Copying a burst takes less than this; after it, the other thread is probably not running.
+        if turn < 64 { std::hint::spin_loop() } else { std::thread::yield_now() }
+    }
+
+    fn pause(turns: u32) {
+        for _ in 0..turns {
+            std::hint::spin_loop();
+        }
     }
 }

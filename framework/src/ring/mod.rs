@@ -29,6 +29,11 @@
 
 mod heap;
 mod index;
+#[cfg(not(loom))]
+mod slots;
+#[cfg(loom)]
+#[path = "modelled.rs"]
+mod slots;
 
 use std::cell::Cell;
 use std::fmt;
@@ -43,9 +48,10 @@ use crate::Burst;
 /// A ring for one producer and one consumer, with room for `capacity` items.
 pub fn spsc<T: Send>(capacity: usize) -> (Producer<T>, Consumer<T>) {
     let ring = Arc::new(Heap::new(capacity));
+    let (producer, consumer) = (ring.only_producer(), ring.only_consumer());
     (
-        Producer { ring: Arc::clone(&ring), mode: Single::default(), _not_sync: PhantomData },
-        Consumer { ring, mode: Single::default(), _not_sync: PhantomData },
+        Producer { ring: Arc::clone(&ring), mode: producer, _not_sync: PhantomData },
+        Consumer { ring, mode: consumer, _not_sync: PhantomData },
     )
 }
 
@@ -98,6 +104,16 @@ impl<T> Producer<T> {
     pub fn push_bulk(&mut self, from: &mut Burst<T>, count: usize) -> bool {
         // SAFETY: this is the ring's only producer.
         unsafe { push_from(&self.ring, &mut self.mode, from, Amount::exactly(count)) == count }
+    }
+
+    /// Puts copies of all `items` in and returns true, or of none and returns false if there is no room for all.
+    #[inline]
+    pub fn push_slice(&mut self, items: &[T]) -> bool
+    where
+        T: Copy,
+    {
+        // SAFETY: there are as many; they are Copy, so that they stay the caller's too.
+        unsafe { self.ring.push(&mut self.mode, items.as_ptr(), Amount::exactly(items.len())) == items.len() }
     }
 
     /// Puts in as many of `from` as there is room for, the first ones; returns how many.
@@ -153,6 +169,16 @@ impl<T> MpProducer<T> {
     pub fn push_bulk(&self, from: &mut Burst<T>, count: usize) -> bool {
         // SAFETY: any number of threads may be a `Multi`.
         unsafe { push_from(&self.ring, &mut Multi, from, Amount::exactly(count)) == count }
+    }
+
+    /// Puts copies of all `items` in and returns true, or of none and returns false if there is no room for all.
+    #[inline]
+    pub fn push_slice(&self, items: &[T]) -> bool
+    where
+        T: Copy,
+    {
+        // SAFETY: there are as many; they are Copy, so that they stay the caller's too.
+        unsafe { self.ring.push(&mut Multi, items.as_ptr(), Amount::exactly(items.len())) == items.len() }
     }
 
     /// Puts in as many of `from` as there is room for, the first ones; returns how many. No other producer's come between
@@ -239,11 +265,11 @@ unsafe fn push<T>(ring: &Heap<T>, mode: &mut impl Mode, item: T) -> Result<(), T
 /// As for [`push`].
 ///
 /// # Panics
-/// If `from` has fewer than `amount.most` items.
+/// If `from` has fewer than `amount.most()` items.
 #[inline]
 unsafe fn push_from<T>(ring: &Heap<T>, mode: &mut impl Mode, from: &mut Burst<T>, amount: Amount) -> usize {
     let all = from.len();
-    assert!(amount.most <= all as u64, "{} items of {all}", amount.most);
+    assert!(amount.most() <= all, "{} items of {all}", amount.most());
     let items = from.as_vec();
     // SAFETY: there are as many, and those moved are forgotten below.
     let pushed = unsafe { ring.push(mode, items.as_ptr(), amount) };
@@ -276,11 +302,11 @@ unsafe fn pop<T>(ring: &Heap<T>, mode: &mut impl Mode) -> Option<T> {
 /// As for [`pop`].
 ///
 /// # Panics
-/// If `to` has room for fewer than `amount.most` items.
+/// If `to` has room for fewer than `amount.most()` items.
 #[inline]
 unsafe fn pop_to<T>(ring: &Heap<T>, mode: &mut impl Mode, to: &mut Burst<T>, amount: Amount) -> usize {
     let room = to.room();
-    assert!(amount.most <= room as u64, "{} items do not fit, {room} do", amount.most);
+    assert!(amount.most() <= room, "{} items do not fit, {room} do", amount.most());
     let items = to.as_vec();
     // SAFETY: there is room for as many.
     let popped = unsafe { ring.pop(mode, items.spare_capacity_mut().as_mut_ptr().cast(), amount) };
@@ -334,5 +360,8 @@ impl<T> Clone for MpConsumer<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
+
+#[cfg(all(test, loom))]
+mod loom_tests;

@@ -74,7 +74,8 @@ pub trait Peer: Send {
     /// A peer that does not [carry offloads](Self::carries_offloads) never refuses one.
     fn transmit(&mut self, frame: Frame<'_>) -> bool;
 
-    /// The next frame for the driver. The device asks only while it has buffers for one.
+    /// The next frame for the driver. The device asks only while it has buffers for one, and also while the link is down:
+    /// what was under way still arrives.
     fn receive(&mut self) -> Option<Frame<'_>>;
 
     /// Whether the link is up.

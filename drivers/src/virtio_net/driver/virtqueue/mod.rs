@@ -108,8 +108,8 @@ impl Broken {
 
 /// The driver's side of a virtqueue. Dropping it drops the tokens: only once the device was reset.
 ///
-/// A burst is some [`add`](Self::add)s, one [`publish`](Self::publish), and a notification of the device if it
-/// [wants one](Self::needs_notify); later, [`take_burst`](Self::take_burst).
+/// To post is one [`add_burst`](Self::add_burst) or some [`add`](Self::add)s, one [`publish`](Self::publish), and a
+/// notification of the device if it [wants one](Self::needs_notify). Later, [`take_burst`](Self::take_burst).
 pub trait Virtqueue: Sized {
     /// What the queue keeps while the device has the buffers: their owner.
     type Token;
@@ -139,6 +139,10 @@ pub trait Virtqueue: Sized {
     /// If there are no buffers, or more than the setup's `max_chain`.
     fn add(&mut self, token: Self::Token, buffers: &[Buffer]) -> Result<(), Self::Token>;
 
+    /// Posts one buffer after the other, as [`add`](Self::add) does, until there were `most`, there is no room, or `next`
+    /// has none. Returns how many. It asks `next` only while there is room.
+    fn add_burst(&mut self, most: usize, next: impl FnMut() -> Option<(Self::Token, Buffer)>) -> usize;
+
     /// Makes all that was added visible to the device.
     fn publish(&mut self);
 
@@ -148,27 +152,22 @@ pub trait Virtqueue: Sized {
     /// Where the next buffer will be, for [`pci::notification`].
     fn position(&self) -> u16;
 
-    /// A buffer that the device has used, and the bytes that it wrote: at most those of the writable buffers.
+    /// Calls `each` for up to `most` buffers that the device has used, with the bytes that it wrote: at most those of the
+    /// writable buffers. Returns how many.
     ///
     /// # Errors
-    /// What the device did wrong; the same from then on.
-    fn take_used(&mut self) -> Result<Option<(Self::Token, u32)>, Broken>;
+    /// What the device did wrong, once all that came before was taken; the same from then on.
+    fn take_burst(&mut self, most: usize, each: impl FnMut(Self::Token, u32)) -> Result<usize, Broken>;
 
-    /// Calls `each` for up to `most` buffers that the device has used, as [`take_used`](Self::take_used) gives them.
-    /// Returns how many.
+    /// One buffer, as [`take_burst`](Self::take_burst) has it.
     ///
     /// # Errors
-    /// What the device did wrong, if nothing came before it.
+    /// As [`take_burst`](Self::take_burst).
     #[inline]
-    fn take_burst(&mut self, most: usize, mut each: impl FnMut(Self::Token, u32)) -> Result<usize, Broken> {
-        for taken in 0..most {
-            match self.take_used() {
-                Ok(Some((token, written))) => each(token, written),
-                Err(broken) if taken == 0 => return Err(broken),
-                _ => return Ok(taken),
-            }
-        }
-        Ok(most)
+    fn take_used(&mut self) -> Result<Option<(Self::Token, u32)>, Broken> {
+        let mut used = None;
+        self.take_burst(1, |token, written| used = Some((token, written)))?;
+        Ok(used)
     }
 
     /// Asks the device for no notifications. They are a hint: one may come all the same.
@@ -201,4 +200,29 @@ fn check_memory(memory: &DmaBuf, len: usize) -> Result<()> {
     let why = format!("it needs {len} bytes at a multiple of {LINE}, and was given {memory:?}");
     Err(Error::new(ErrorKind::InvalidInput, "set up a virtqueue", why)
         .mend("split it from a buffer at a multiple of 64, with Virtqueue::memory_len bytes"))
+}
+
+/// Takes up to `most` buffers: by runs of the common case, and one by one where a run ends. Returns how many, and what
+/// the device did wrong after that.
+#[inline]
+fn take_in_runs<Q, T, E: FnMut(T, u32)>(
+    queue: &mut Q,
+    most: usize,
+    mut each: E,
+    run: impl Fn(&mut Q, usize, &mut E) -> usize,
+    one: impl Fn(&mut Q) -> Result<Option<(T, u32)>, Broken>,
+) -> (usize, Option<Broken>) {
+    let mut count = 0;
+    loop {
+        count += run(queue, most - count, &mut each);
+        if count == most {
+            return (count, None);
+        }
+        match one(queue) {
+            Ok(Some((token, written))) => each(token, written),
+            Ok(None) => return (count, None),
+            Err(broken) => return (count, Some(broken)),
+        }
+        count += 1;
+    }
 }

@@ -1,12 +1,12 @@
 //! Packed virtqueues (VIRTIO 1.2, 2.8).
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
 use super::shadow::{Posted, Shadow, Used, writable};
-use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
+use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory, take_in_runs};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::packed::{
     self, Descriptor, EVENT_LEN, EventFlags, EventSuppress, HANDSHAKE, Handshake, INDIRECT, NEXT, WRITE,
@@ -28,6 +28,7 @@ pub struct PackedQueue<T> {
     state: State,
     /// The buffers by their ids.
     shadow: Shadow<T>,
+    broken: Option<Broken>,
 }
 
 #[derive(Debug)]
@@ -49,7 +50,6 @@ struct State {
     oldest: u16,
     batch: u16,
     batch_len: u32,
-    broken: Option<Broken>,
 }
 
 impl State {
@@ -67,7 +67,6 @@ impl State {
             oldest: 0,
             batch: 0,
             batch_len: 0,
-            broken: None,
         }
     }
 }
@@ -96,102 +95,162 @@ impl Place {
     }
 }
 
-impl<T> PackedQueue<T> {
-    /// Writes the next descriptor. The first one since the last publish stays hidden: the device looks at no other before
-    /// it ("Polling of available and used descriptors").
-    #[inline]
-    fn push(&mut self, addr: u64, len: u32, id: u16, flags: u16) {
-        let place = self.state.avail;
-        let flags = flags | packed::available(place.wrap);
-        let word = Handshake::new().with_len(len).with_id(id).with_flags(flags);
-        let at = usize::from(place.at);
-        // Relaxed, both: publish orders them.
-        self.ring.word(at, 0).store(addr, Ordering::Relaxed);
-        if self.state.held.is_some() {
-            self.ring.word(at, HANDSHAKE).store(word.into_bits(), Ordering::Relaxed);
-        } else {
-            self.state.held = Some((place.at, word));
-        }
-        self.state.avail.advance(1, self.size);
-    }
+/// The descriptors, each as its address and its handshake.
+type Ring = [[AtomicU64; 2]];
 
-    /// Descriptors for more than one buffer: a chain, or a table if there are tables.
-    fn push_chain(&mut self, id: u16, buffers: &[Buffer]) {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        if let Some(tables) = &mut self.tables {
-            let first = usize::from(id) * usize::from(self.max_chain);
-            for (n, buffer) in buffers.iter().enumerate() {
-                let handshake = Handshake::new().with_len(buffer.len).with_flags(write_flag(buffer));
-                tables.write(first + n, &Descriptor { addr: buffer.iova.get(), handshake });
-            }
-            let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
-            self.push(addr, len as u32, id, INDIRECT);
-            return;
-        }
-        let last = buffers.len() - 1;
-        for (n, buffer) in buffers.iter().enumerate() {
-            let chained = if n == last { 0 } else { NEXT };
-            self.push(buffer.iova.get(), buffer.len, id, write_flag(buffer) | chained);
-        }
-    }
-
-    /// The word at the place where the device uses a buffer next, if it has.
+impl State {
+    /// Id and length at the place where the device uses a buffer next, if it has.
     #[inline]
-    fn used_word(&self) -> Option<Handshake> {
-        // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
-        let word = self.ring.word(self.state.used.at.into(), HANDSHAKE).load(Ordering::Acquire);
-        let word = Handshake::from_bits(word);
+    fn next_used(&self, ring: &Ring) -> Option<(u32, u32)> {
         // A place without a posted buffer says nothing.
-        (self.state.posted != 0 && word.is_used(self.state.used.wrap)).then_some(word)
+        if self.posted == 0 { None } else { used_at(ring, self.used) }
+    }
+}
+
+/// Id and length of the buffer that the device used here, if it has. A length without [`WRITE`] means nothing.
+#[inline]
+fn used_at(ring: &Ring, place: Place) -> Option<(u32, u32)> {
+    // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
+    let word = Handshake::from_bits(ring[usize::from(place.at)][1].load(Ordering::Acquire));
+    let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
+    word.is_used(place.wrap).then_some((word.id().into(), len))
+}
+
+impl<T> PackedQueue<T> {
+    /// Takes buffers of one descriptor and, in order, that the device used one by one, up to the first with which anything
+    /// is wrong or special. Returns how many.
+    #[inline]
+    fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (size, mut place) = (self.size, self.state.used);
+        let (in_order, mut oldest) = (self.in_order, self.state.oldest);
+        let most = most.min(self.state.posted.into()) as u16;
+        let ring = ring(&self.ring);
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((id, len)) = used_at(ring, place) else { return n };
+                if in_order && id != u32::from(oldest) {
+                    return n;
+                }
+                let Some(token) = shadow.take_plain(id, len) else { return n };
+                place.advance(1, size);
+                oldest = following(oldest, size);
+                each(token, len);
+            }
+            most
+        });
+        self.state.used = place;
+        self.state.oldest = oldest;
+        self.state.posted -= taken;
+        self.state.free += taken;
+        taken.into()
     }
 
+    /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
     #[inline]
-    fn try_take(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        let next = if self.in_order { self.next_in_order()? } else { self.used_word().map(id_and_len) };
-        let Some((id, len)) = next else {
-            return self.state.broken.map_or(Ok(None), Err);
-        };
-        let Used { token, written, descriptors } = self.shadow.take(id.into(), len)?;
-        self.shadow.free_id(id);
+    fn take_batch(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (size, mut id) = (self.size, self.state.oldest);
+        let most = most.min(self.state.batch.saturating_sub(1).into()) as u16;
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, len)) = shadow.take_whole(id) else { return n };
+                id = following(id, size);
+                each(token, len);
+            }
+            most
+        });
         let state = &mut self.state;
-        state.free += descriptors;
+        state.oldest = id;
+        state.used.advance(taken, size);
+        state.batch -= taken;
+        state.posted -= taken;
+        state.free += taken;
+        taken.into()
+    }
+
+    /// Takes any buffer, if the device has used one.
+    fn take_one(&mut self) -> Result<Option<(T, u32)>, Broken> {
+        let size = self.size;
+        let Self { shadow, ring: records, state, .. } = self;
+        let ring = ring(records);
+        let used = shadow.lend(|shadow| {
+            let mut next = None;
+            if state.batch == 0 {
+                let Some((id, len)) = state.next_used(ring) else { return Ok(None) };
+                if self.in_order {
+                    // One descriptor stands for all buffers up to the one that it names ("In-order use of
+                    // descriptors"), and ids of buffers in order follow each other.
+                    shadow.posted(id)?;
+                    let (id, oldest) = (id as u16, state.oldest);
+                    let before = if id >= oldest { id - oldest } else { id + size - oldest };
+                    if before >= state.posted {
+                        return Err(Broken::ORDER);
+                    }
+                    (state.batch, state.batch_len) = (before + 1, len);
+                }
+                next = Some((id, len));
+            }
+            if self.in_order {
+                let id = u32::from(state.oldest);
+                let len = if state.batch == 1 { state.batch_len } else { shadow.posted(id)?.writable };
+                state.batch -= 1;
+                state.oldest = following(state.oldest, size);
+                next = Some((id, len));
+            }
+            let Some((id, len)) = next else { return Ok(None) };
+            let used = shadow.take(id, len)?;
+            shadow.free_id(id as u16);
+            Ok(Some(used))
+        })?;
+        let Some(Used { token, written, descriptors }) = used else { return Ok(None) };
+        state.used.advance(descriptors, size);
         state.posted -= 1;
-        state.used.advance(descriptors, self.size);
-        if self.in_order {
-            state.batch -= 1;
-            state.oldest = following(id, self.size);
-        }
+        state.free += descriptors;
         Ok(Some((token, written)))
     }
 
-    /// Id and length of the next used buffer, as if the device had written a descriptor for each. One stands for all
-    /// buffers up to the one that it names, and those before that are used as a whole ("In-order use of descriptors").
-    #[inline]
-    fn next_in_order(&mut self) -> Result<Option<(u16, u32)>, Broken> {
-        let state = &self.state;
-        if state.batch == 0 {
-            let Some((id, len)) = self.used_word().map(id_and_len) else { return Ok(None) };
-            self.shadow.posted(id.into())?;
-            // Ids of buffers in order follow each other.
-            let before = if id >= state.oldest { id - state.oldest } else { id + self.size - state.oldest };
-            if before >= state.posted {
-                return Err(Broken::ORDER);
-            }
-            self.state.batch = before + 1;
-            self.state.batch_len = len;
+    /// Posts more than one buffer: by a chain, or by a table if there are tables.
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let size = self.size;
+        let Self { shadow, ring: records, tables, state, .. } = self;
+        let (ring, tables) = (ring(records), tables.as_mut());
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
         }
-        let id = self.state.oldest;
-        let is_last = self.state.batch == 1;
-        let len = if is_last { self.state.batch_len } else { self.shadow.posted(id.into())?.writable };
-        Ok(Some((id, len)))
+        shadow.lend(|shadow| {
+            let id = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(id) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
+                    tables.write(first + n, &Descriptor { addr, handshake });
+                }
+                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
+                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
+                push(ring, state.avail, &mut state.held, tables.iova(first).get(), word);
+                state.avail.advance(1, size);
+            } else {
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
+                    let word = handshake(buffer, id);
+                    let word = word.with_flags(word.flags() | chained);
+                    push(ring, state.avail, &mut state.held, buffer.iova.get(), word);
+                    state.avail.advance(1, size);
+                }
+            }
+            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
+        });
+        state.added += 1;
+        state.added_descriptors += descriptors;
+        state.free -= descriptors;
+        Ok(())
     }
 
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
-        self.state.broken = Some(broken);
-        // No room, and nothing posted: so the data path needs no check of its own for a broken queue.
-        (self.state.free, self.state.posted, self.state.batch) = (0, 0, 0);
-        self.state.held = None;
+        self.broken = Some(broken);
+        self.state.free = 0;
         broken
     }
 
@@ -200,21 +259,36 @@ impl<T> PackedQueue<T> {
     }
 }
 
-/// What a used descriptor says. Without [`WRITE`] its length means nothing.
-#[inline]
-fn id_and_len(word: Handshake) -> (u16, u32) {
-    (word.id(), if word.flags() & WRITE == 0 { 0 } else { word.len() })
-}
-
-#[inline]
-fn write_flag(buffer: &Buffer) -> u16 {
-    if buffer.write { WRITE } else { 0 }
-}
-
 /// The id after this one.
 #[inline]
 fn following(id: u16, size: u16) -> u16 {
     if id + 1 == size { 0 } else { id + 1 }
+}
+
+/// Writes a descriptor. The first one since the last publish is held back, which hides all: the device looks at no other
+/// before it ("Polling of available and used descriptors").
+#[inline]
+fn push(ring: &Ring, place: Place, held: &mut Option<(u16, Handshake)>, addr: u64, word: Handshake) {
+    let word = word.with_flags(word.flags() | packed::available(place.wrap));
+    let [addr_word, handshake] = &ring[usize::from(place.at)];
+    // Relaxed, both: publish orders them.
+    addr_word.store(addr, Ordering::Relaxed);
+    if held.is_some() {
+        handshake.store(word.into_bits(), Ordering::Relaxed);
+    } else {
+        *held = Some((place.at, word));
+    }
+}
+
+#[inline]
+fn ring(records: &Records<Descriptor>) -> &Ring {
+    records.words().as_chunks::<2>().0
+}
+
+#[inline]
+fn handshake(buffer: &Buffer, id: u16) -> Handshake {
+    let flags = if buffer.write { WRITE } else { 0 };
+    Handshake::new().with_len(buffer.len).with_id(id).with_flags(flags)
 }
 
 impl<T> Virtqueue for PackedQueue<T> {
@@ -249,6 +323,7 @@ impl<T> Virtqueue for PackedQueue<T> {
             in_order: features.contains(Features::IN_ORDER),
             state: State::new(size),
             shadow: Shadow::new(size),
+            broken: None,
         };
         queue.disable_notifications();
         Ok(queue)
@@ -273,22 +348,40 @@ impl<T> Virtqueue for PackedQueue<T> {
 
     #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        let descriptors = if self.tables.is_some() { 1 } else { buffers.len() };
-        if descriptors > usize::from(self.state.free) {
-            return Err(token);
+        match buffers {
+            [_] if self.state.free == 0 => Err(token),
+            [buffer] => {
+                let mut one = Some((token, *buffer));
+                self.add_burst(1, || one.take());
+                Ok(())
+            }
+            _ => self.add_chain(token, buffers),
         }
-        let id = self.shadow.take_id();
-        if let [buffer] = buffers {
-            self.push(buffer.iova.get(), buffer.len, id, write_flag(buffer));
-        } else {
-            self.push_chain(id, buffers);
-        }
-        let descriptors = descriptors as u16;
-        self.shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
-        self.state.free -= descriptors;
-        self.state.added += 1;
-        self.state.added_descriptors += descriptors;
-        Ok(())
+    }
+
+    #[inline]
+    fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
+        let (size, mut place) = (self.size, self.state.avail);
+        let mut held = self.state.held;
+        let ring = ring(&self.ring);
+        let most = most.min(self.state.free.into()) as u16;
+        let added = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, buffer)) = next() else { return n };
+                let id = shadow.take_id();
+                push(ring, place, &mut held, buffer.iova.get(), handshake(&buffer, id));
+                place.advance(1, size);
+                let writable = if buffer.write { buffer.len } else { 0 };
+                shadow.post(id, token, Posted { writable, descriptors: 1, position: 0 });
+            }
+            most
+        });
+        let state = &mut self.state;
+        (state.avail, state.held) = (place, held);
+        state.added += added;
+        state.added_descriptors += added;
+        state.free -= added;
+        added.into()
     }
 
     #[inline]
@@ -330,8 +423,24 @@ impl<T> Virtqueue for PackedQueue<T> {
     }
 
     #[inline]
-    fn take_used(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        self.try_take().map_err(|broken| self.fail(broken))
+    fn take_burst(&mut self, most: usize, each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        let (taken, broken) = take_in_runs(
+            self,
+            most,
+            each,
+            |queue, most, each| match queue.state.batch {
+                0 => queue.take_plain(most, each),
+                _ => queue.take_batch(most, each),
+            },
+            Self::take_one,
+        );
+        match broken.map(|broken| self.fail(broken)) {
+            Some(broken) if taken == 0 => Err(broken),
+            _ => Ok(taken),
+        }
     }
 
     fn disable_notifications(&mut self) {
@@ -348,12 +457,13 @@ impl<T> Virtqueue for PackedQueue<T> {
         // Between what is wanted and the ring; pairs with the device's fence between marking a descriptor used and looking
         // at what is wanted.
         fence(Ordering::SeqCst);
-        self.state.batch != 0 || self.used_word().is_some()
+        self.state.batch != 0 || self.state.next_used(ring(&self.ring)).is_some()
     }
 
     fn reset(&mut self, each: impl FnMut(T)) {
         self.shadow.reset(each);
         self.state = State::new(self.size);
+        self.broken = None;
         self.ring.clear();
         self.device_event.clear();
         self.disable_notifications();

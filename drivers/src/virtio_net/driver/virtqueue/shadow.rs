@@ -11,9 +11,7 @@ pub(super) struct Shadow<T> {
     slots: Box<[Slot<T>]>,
     /// A ring, as long as the next power of two.
     free_ids: Box<[u16]>,
-    /// Where the next id is taken from, and where the next free one goes; both run freely.
-    first: u32,
-    end: u32,
+    turn: Turn,
 }
 
 #[derive(Debug)]
@@ -21,6 +19,13 @@ struct Slot<T> {
     /// While the device has the buffer.
     token: Option<T>,
     posted: Posted,
+}
+
+/// Where the next id is taken from, and where the next free one goes; both run freely.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    first: u32,
+    end: u32,
 }
 
 /// What is known of a buffer besides its token.
@@ -47,8 +52,7 @@ impl<T> Shadow<T> {
         let mut shadow = Self {
             slots: slots.collect(),
             free_ids: vec![0; usize::from(size).next_power_of_two()].into(),
-            first: 0,
-            end: 0,
+            turn: Turn { first: 0, end: 0 },
         };
         shadow.reset(drop);
         shadow
@@ -56,25 +60,45 @@ impl<T> Shadow<T> {
 
     pub(super) fn reset(&mut self, each: impl FnMut(T)) {
         self.slots.iter_mut().filter_map(|slot| slot.token.take()).for_each(each);
-        (self.first, self.end) = (0, self.slots.len() as u32);
+        self.turn = Turn { first: 0, end: self.slots.len() as u32 };
         for (id, free) in self.free_ids.iter_mut().enumerate() {
             *free = id as u16;
         }
     }
 
+    /// Lends all of it to a burst. The ring's words are atomics, after each of which the compiler reads memory again; what
+    /// a burst has for itself stays in registers.
+    #[inline]
+    pub(super) fn lend<R>(&mut self, burst: impl FnOnce(&mut Lent<'_, T>) -> R) -> R {
+        let mut lent = Lent { slots: &mut self.slots, free_ids: &mut self.free_ids, turn: self.turn };
+        let result = burst(&mut lent);
+        self.turn = lent.turn;
+        result
+    }
+}
+
+/// A [`Shadow`] during a burst.
+#[derive(Debug)]
+pub(super) struct Lent<'a, T> {
+    slots: &'a mut [Slot<T>],
+    free_ids: &'a mut [u16],
+    turn: Turn,
+}
+
+impl<T> Lent<'_, T> {
     /// Takes a free id. The caller knows that there is one.
     #[inline]
     pub(super) fn take_id(&mut self) -> u16 {
-        let id = self.free_ids[self.first as usize & (self.free_ids.len() - 1)];
-        self.first = self.first.wrapping_add(1);
+        let id = self.free_ids[self.turn.first as usize & (self.free_ids.len() - 1)];
+        self.turn.first = self.turn.first.wrapping_add(1);
         id
     }
 
     #[inline]
     pub(super) fn free_id(&mut self, id: u16) {
         let mask = self.free_ids.len() - 1;
-        self.free_ids[self.end as usize & mask] = id;
-        self.end = self.end.wrapping_add(1);
+        self.free_ids[self.turn.end as usize & mask] = id;
+        self.turn.end = self.turn.end.wrapping_add(1);
     }
 
     /// Keeps the token of the buffer with this id.
@@ -91,6 +115,26 @@ impl<T> Shadow<T> {
             Some(_) => Err(Broken::ID_NOT_POSTED),
             None => Err(Broken::ID_OUT_OF_RANGE),
         }
+    }
+
+    /// The common case of [`take`](Self::take): a buffer of one descriptor with which all is well. Of any other `None`, and
+    /// it stays.
+    #[inline]
+    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<T> {
+        let slot = self.slots.get_mut(id as usize)?;
+        if slot.posted.descriptors != 1 || len > slot.posted.writable {
+            return None;
+        }
+        let token = slot.token.take()?;
+        self.free_id(id as u16);
+        Some(token)
+    }
+
+    /// The same for a buffer that was used as a whole, and its length.
+    #[inline]
+    pub(super) fn take_whole(&mut self, id: u16) -> Option<(T, u32)> {
+        let writable = self.slots.get(usize::from(id))?.posted.writable;
+        Some((self.take_plain(id.into(), writable)?, writable))
     }
 
     /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes. Of a buffer that

@@ -6,7 +6,7 @@ use underpass::dma::{DmaBuf, DmaSpace, Records};
 use underpass::{Access, Result};
 
 use super::shadow::{Posted, Shadow, Used, writable};
-use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory};
+use super::{Areas, Broken, Buffer, LINE, Setup, Virtqueue, carve, check_memory, take_in_runs};
 use crate::virtio_net::spec::Features;
 use crate::virtio_net::spec::split::{
     self, Descriptor, INDIRECT, NEXT, UsedElement, WRITE, avail, need_event, used,
@@ -33,6 +33,7 @@ pub struct SplitQueue<T> {
     shadow: Shadow<T>,
     /// For each descriptor of a chain the one that follows.
     next: Box<[u16]>,
+    broken: Option<Broken>,
 }
 
 /// Indices count buffers and wrap at 16 bits.
@@ -46,12 +47,11 @@ struct State {
     /// Buffers taken back, and those that the device had used when its index was last read.
     taken: u16,
     used: u16,
-    /// In order: the first descriptor of the oldest buffer; where the batch that the device used at once ends, and what
-    /// it wrote to the last of it.
+    /// In order: the first descriptor of the oldest buffer; how many of the batch that the device used at once were not
+    /// taken, and what it wrote to the last of it.
     oldest: u16,
-    batch_end: u16,
+    batch: u16,
     batch_len: u32,
-    broken: Option<Broken>,
 }
 
 impl State {
@@ -64,9 +64,8 @@ impl State {
             taken: 0,
             used: 0,
             oldest: 0,
-            batch_end: 0,
+            batch: 0,
             batch_len: 0,
-            broken: None,
         }
     }
 }
@@ -80,52 +79,10 @@ const _: () = assert!(avail::FLAGS == 2 * FLAGS && avail::IDX == 2 * IDX && avai
 const _: () = assert!(used::FLAGS == 2 * FLAGS && used::IDX == 2 * IDX && used::ring(0) == 2 * RING);
 
 impl<T> SplitQueue<T> {
-    /// Descriptors for more than one buffer: a chain, or a table if there are tables.
-    fn add_chain(&mut self, buffers: &[Buffer]) -> u16 {
-        assert!((1..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let head = self.shadow.take_id();
-        let last = buffers.len() - 1;
-        if let Some(tables) = &mut self.tables {
-            let first = usize::from(head) * usize::from(self.max_chain);
-            for (n, buffer) in buffers.iter().enumerate() {
-                let next = if n == last { None } else { Some(n as u16 + 1) };
-                tables.write(first + n, &descriptor(buffer, next));
-            }
-            let len = size_of::<Descriptor>() * buffers.len();
-            let addr = tables.iova(first).get();
-            self.desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
-            return head;
-        }
-        let mut at = head;
-        for buffer in &buffers[..last] {
-            let next = self.shadow.take_id();
-            self.desc.write(at.into(), &descriptor(buffer, Some(next)));
-            self.next[usize::from(at)] = next;
-            at = next;
-        }
-        self.desc.write(at.into(), &descriptor(&buffers[last], None));
-        head
-    }
-
-    /// Frees the descriptors of the buffer that starts with `head`.
-    #[inline]
-    fn free_chain(&mut self, head: u16, descriptors: u16) {
-        let mut at = head;
-        for _ in 1..descriptors {
-            self.shadow.free_id(at);
-            at = self.next[usize::from(at)];
-        }
-        self.shadow.free_id(at);
-        self.state.free += descriptors;
-    }
-
-    /// Reads how many buffers the device has used, once all that it had used before were taken.
+    /// Reads how many buffers the device has used.
     #[inline]
     fn poll(&mut self) -> Result<(), Broken> {
         let state = &mut self.state;
-        if let Some(broken) = state.broken {
-            return Err(broken);
-        }
         // Acquire: pairs with the device's Release of the used index, after the elements and what it wrote to buffers.
         let used = self.used.word(IDX, 0).load(Ordering::Acquire);
         if used.wrapping_sub(state.taken) > state.published.wrapping_sub(state.taken) {
@@ -135,52 +92,144 @@ impl<T> SplitQueue<T> {
         Ok(())
     }
 
+    /// Buffers that the device has used and that were not taken, as far as known.
     #[inline]
-    fn try_take(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        if self.state.used == self.state.taken {
-            self.poll()?;
-            if self.state.used == self.state.taken {
-                return Ok(None);
+    fn ready(&self) -> u16 {
+        self.state.used.wrapping_sub(self.state.taken)
+    }
+
+    /// Takes buffers of one descriptor and, in order, with an element each, up to the first with which anything is wrong or
+    /// special. Returns how many.
+    #[inline]
+    fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (mask, from, in_order, oldest) =
+            (self.size - 1, self.state.taken, self.in_order, self.state.oldest);
+        let most = most.min(self.ready().into()) as u16;
+        let (elements, _) = self.elements.words().as_chunks::<2>();
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let [id, len] = &elements[usize::from(from.wrapping_add(n) & mask)];
+                let (id, len) = (id.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
+                if in_order && id != u32::from(oldest.wrapping_add(n) & mask) {
+                    return n;
+                }
+                let Some(token) = shadow.take_plain(id, len) else { return n };
+                each(token, len);
             }
+            most
+        });
+        self.state.taken = from.wrapping_add(taken);
+        self.state.oldest = oldest.wrapping_add(taken) & mask;
+        self.state.free += taken;
+        taken.into()
+    }
+
+    /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
+    #[inline]
+    fn take_batch(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
+        let (mask, oldest) = (self.size - 1, self.state.oldest);
+        let most = most.min(self.state.batch.saturating_sub(1).into()) as u16;
+        let taken = self.shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, len)) = shadow.take_whole(oldest.wrapping_add(n) & mask) else { return n };
+                each(token, len);
+            }
+            most
+        });
+        let state = &mut self.state;
+        state.taken = state.taken.wrapping_add(taken);
+        state.oldest = oldest.wrapping_add(taken) & mask;
+        state.batch -= taken;
+        state.free += taken;
+        taken.into()
+    }
+
+    /// Takes any buffer, if the device has used one.
+    fn take_one(&mut self) -> Result<Option<(T, u32)>, Broken> {
+        let (mask, ready) = (self.size - 1, self.ready());
+        if ready == 0 {
+            return Ok(None);
         }
-        let element = usize::from(self.state.taken & (self.size - 1));
-        let UsedElement { id, len } =
-            if self.in_order { self.next_in_order(element)? } else { self.elements.read(element) };
-        let Used { token, written, descriptors } = self.shadow.take(id, len)?;
-        // An id that was posted has 16 bits.
-        let head = id as u16;
-        self.free_chain(head, descriptors);
-        self.state.taken = self.state.taken.wrapping_add(1);
-        self.state.oldest = head.wrapping_add(descriptors) & (self.size - 1);
+        let Self { shadow, elements, next, state, .. } = self;
+        let mut element = elements.read(usize::from(state.taken & mask));
+        let Used { token, written, descriptors } = shadow.lend(|shadow| {
+            if self.in_order {
+                if state.batch == 0 {
+                    // One element stands for all buffers up to the one that it names ("In-order use of descriptors").
+                    let last = shadow.posted(element.id)?;
+                    let before = last.position.wrapping_sub(state.taken);
+                    if before >= ready {
+                        return Err(Broken::ORDER);
+                    }
+                    (state.batch, state.batch_len) = (before + 1, element.len);
+                }
+                let id = u32::from(state.oldest);
+                let len = if state.batch == 1 { state.batch_len } else { shadow.posted(id)?.writable };
+                element = UsedElement { id, len };
+            }
+            let used = shadow.take(element.id, element.len)?;
+            // An id that was posted has 16 bits.
+            let mut at = element.id as u16;
+            for _ in 1..used.descriptors {
+                shadow.free_id(at);
+                at = next[usize::from(at)];
+            }
+            shadow.free_id(at);
+            Ok(used)
+        })?;
+        state.batch = state.batch.saturating_sub(1);
+        state.oldest = state.oldest.wrapping_add(descriptors) & mask;
+        state.taken = state.taken.wrapping_add(1);
+        state.free += descriptors;
         Ok(Some((token, written)))
     }
 
-    /// What the element of the next buffer would say, had the device written it. One element stands for all buffers up to
-    /// the one that it names, and those before that are used as a whole ("In-order use of descriptors", 2.7.9).
-    #[inline]
-    fn next_in_order(&mut self, element: usize) -> Result<UsedElement, Broken> {
-        let state = &mut self.state;
-        if state.batch_end == state.taken {
-            let UsedElement { id, len } = self.elements.read(element);
-            let last = self.shadow.posted(id)?;
-            if last.position.wrapping_sub(state.taken) >= state.used.wrapping_sub(state.taken) {
-                return Err(Broken::ORDER);
-            }
-            state.batch_end = last.position.wrapping_add(1);
-            state.batch_len = len;
+    /// Posts more than one buffer: by a chain, or by a table if there are tables.
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
+        let tables = tables.as_mut();
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
         }
-        let id = u32::from(state.oldest);
-        let is_last = state.taken.wrapping_add(1) == state.batch_end;
-        let len = if is_last { state.batch_len } else { self.shadow.posted(id)?.writable };
-        Ok(UsedElement { id, len })
+        let head = shadow.lend(|shadow| {
+            let head = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(head) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
+                    tables.write(first + n, &descriptor(buffer, next));
+                }
+                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
+                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
+            } else {
+                let mut at = head;
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
+                    desc.write(at.into(), &descriptor(buffer, next));
+                    if let Some(next) = next {
+                        links[usize::from(at)] = next;
+                        at = next;
+                    }
+                }
+            }
+            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
+            shadow.post(head, token, posted);
+            head
+        });
+        // Relaxed, as the descriptors: publish orders it.
+        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
+        state.added = state.added.wrapping_add(1);
+        state.free -= descriptors;
+        Ok(())
     }
 
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
-        self.state.broken = Some(broken);
-        // No room, and nothing used: so the data path needs no check of its own for a broken queue.
+        self.broken = Some(broken);
         self.state.free = 0;
-        self.state.used = self.state.taken;
         broken
     }
 
@@ -239,6 +288,7 @@ impl<T> Virtqueue for SplitQueue<T> {
             state: State::new(size),
             shadow: Shadow::new(size),
             next: vec![0; size.into()].into(),
+            broken: None,
         };
         queue.disable_notifications();
         Ok(queue)
@@ -259,26 +309,44 @@ impl<T> Virtqueue for SplitQueue<T> {
 
     #[inline]
     fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        let descriptors = if self.tables.is_some() { 1 } else { buffers.len() };
-        if descriptors > usize::from(self.state.free) {
-            return Err(token);
+        match buffers {
+            [_] if self.state.free == 0 => Err(token),
+            [buffer] => {
+                let mut one = Some((token, *buffer));
+                self.add_burst(1, || one.take());
+                Ok(())
+            }
+            _ => self.add_chain(token, buffers),
         }
-        let head = if let [buffer] = buffers {
-            let id = self.shadow.take_id();
-            self.desc.write(id.into(), &descriptor(buffer, None));
-            id
-        } else {
-            self.add_chain(buffers)
-        };
-        let descriptors = descriptors as u16;
-        let position = self.state.added;
-        self.shadow.post(head, token, Posted { writable: writable(buffers), descriptors, position });
-        let entry = RING + usize::from(position & (self.size - 1));
-        // Relaxed, as the descriptors: publish orders it.
-        self.avail.word(entry, 0).store(head, Ordering::Relaxed);
-        self.state.added = position.wrapping_add(1);
-        self.state.free -= descriptors;
-        Ok(())
+    }
+
+    #[inline]
+    fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, state, .. } = self;
+        let (desc, _) = desc.words().as_chunks::<2>();
+        let ring = &avail.words()[RING..];
+        let position = state.added;
+        let most = most.min(state.free.into()) as u16;
+        let added = shadow.lend(|shadow| {
+            for n in 0..most {
+                let Some((token, buffer)) = next() else { return n };
+                let position = position.wrapping_add(n);
+                let id = shadow.take_id();
+                let words = descriptor(&buffer, None).to_words();
+                // Relaxed, all of it: publish orders it.
+                let [addr, rest] = &desc[usize::from(id)];
+                addr.store(words[0], Ordering::Relaxed);
+                rest.store(words[1], Ordering::Relaxed);
+                ring[usize::from(position & mask)].store(id, Ordering::Relaxed);
+                let writable = if buffer.write { buffer.len } else { 0 };
+                shadow.post(id, token, Posted { writable, descriptors: 1, position });
+            }
+            most
+        });
+        state.added = position.wrapping_add(added);
+        state.free -= added;
+        added.into()
     }
 
     #[inline]
@@ -313,8 +381,29 @@ impl<T> Virtqueue for SplitQueue<T> {
     }
 
     #[inline]
-    fn take_used(&mut self) -> Result<Option<(T, u32)>, Broken> {
-        self.try_take().map_err(|broken| self.fail(broken))
+    fn take_burst(&mut self, most: usize, each: impl FnMut(T, u32)) -> Result<usize, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        if usize::from(self.ready()) < most
+            && let Err(broken) = self.poll()
+        {
+            return Err(self.fail(broken));
+        }
+        let (taken, broken) = take_in_runs(
+            self,
+            most,
+            each,
+            |queue, most, each| match queue.state.batch {
+                0 => queue.take_plain(most, each),
+                _ => queue.take_batch(most, each),
+            },
+            Self::take_one,
+        );
+        match broken.map(|broken| self.fail(broken)) {
+            Some(broken) if taken == 0 => Err(broken),
+            _ => Ok(taken),
+        }
     }
 
     fn disable_notifications(&mut self) {
@@ -341,6 +430,7 @@ impl<T> Virtqueue for SplitQueue<T> {
     fn reset(&mut self, each: impl FnMut(T)) {
         self.shadow.reset(each);
         self.state = State::new(self.size);
+        self.broken = None;
         self.desc.clear();
         self.avail.clear();
         self.used.clear();

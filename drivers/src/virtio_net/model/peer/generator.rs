@@ -81,8 +81,8 @@ impl Default for Traffic {
 /// The flows of one queue pair.
 struct Generator {
     flows: Vec<Template>,
-    /// Whose turn it is.
-    next: usize,
+    /// Whose turn it was last.
+    turn: usize,
     protocol: TrafficProtocol,
     shortest: u16,
     /// How many sizes there are.
@@ -102,18 +102,34 @@ pub(super) fn open(traffic: &Traffic, station: MacAddr, pairs: usize) -> Vec<Box
             .map(|flow| Template::new(flow, station, traffic))
             .collect();
         let pace = traffic.rate.map(|rate| Pace::new(rate, flows.len(), traffic.flows));
-        Box::new(Generator {
+        let mut generator = Generator {
             flows,
-            next: 0,
+            turn: 0,
             protocol: traffic.protocol,
             shortest,
             sizes: u32::from(longest - shortest) + 1,
             random: Random::new(traffic.seed, pair),
             pace,
             counters: Arc::default(),
-        }) as Box<dyn Peer>
+        };
+        // All but the last, as if that had just had its turn.
+        generator.turn = generator.flows.len().saturating_sub(1);
+        (0..generator.turn).for_each(|flow| generator.prepare(flow));
+        Box::new(generator) as Box<dyn Peer>
     };
     (0..pairs).map(generator).collect()
+}
+
+impl Generator {
+    /// Makes the next frame of a flow.
+    #[inline]
+    fn prepare(&mut self, flow: usize) {
+        let size = match self.sizes {
+            1 => self.shortest,
+            sizes => self.shortest + self.random.below(sizes) as u16,
+        };
+        self.flows[flow].prepare(self.protocol, size);
+    }
 }
 
 impl Peer for Generator {
@@ -126,16 +142,11 @@ impl Peer for Generator {
         if self.flows.is_empty() || !self.pace.as_mut().is_none_or(Pace::grants) {
             return None;
         }
-        let size = match self.sizes {
-            1 => self.shortest,
-            sizes => self.shortest + self.random.below(sizes) as u16,
-        };
-        if self.next == self.flows.len() {
-            self.next = 0;
-        }
-        let flow = &mut self.flows[self.next];
-        self.next += 1;
-        let bytes = flow.next_frame(self.protocol, size);
+        // The flow that had its turn gets its next frame now, not when that is due: the copy out of a frame that was written
+        // just before would stall.
+        self.prepare(self.turn);
+        self.turn = if self.turn + 1 == self.flows.len() { 0 } else { self.turn + 1 };
+        let bytes = self.flows[self.turn].frame();
         self.counters.received(bytes);
         Some(Frame::finished(bytes))
     }
@@ -152,6 +163,8 @@ impl Peer for Generator {
 /// A flow's frame, in its full length.
 struct Template {
     bytes: Box<[u8]>,
+    /// Bytes of the frame that is ready.
+    size: u16,
     /// The number of the next frame (UDP) or of its first byte (TCP).
     sequence: u32,
 }
@@ -174,13 +187,19 @@ impl Template {
         };
         let written = headers.write(&mut bytes, L4Checksum::Full);
         debug_assert!(written.is_some(), "sizes are in range");
-        Self { bytes, sequence: 0 }
+        Self { bytes, size: traffic.size.1, sequence: 0 }
     }
 
-    /// The next frame, of `size` bytes. Behind the headers there are only zeros but for a number, so that what is cut off
+    /// The frame that is ready.
+    #[inline]
+    fn frame(&self) -> &[u8] {
+        &self.bytes[..self.size.into()]
+    }
+
+    /// Makes the next frame, of `size` bytes. Behind the headers there are only zeros but for a number, so that what is cut off
     /// does not count in the checksum.
     #[inline]
-    fn next_frame(&mut self, protocol: TrafficProtocol, size: u16) -> &[u8] {
+    fn prepare(&mut self, protocol: TrafficProtocol, size: u16) {
         let (number, step, checksum_at) = match protocol {
             TrafficProtocol::Udp => (UDP_PAYLOAD, 1, UDP_CHECKSUM),
             TrafficProtocol::Tcp => (TCP_SEQUENCE, u32::from(size) - TCP_PAYLOAD as u32, TCP_CHECKSUM),
@@ -205,7 +224,7 @@ impl Template {
         }
         self.put(checksum_at, checksum);
         self.sequence = self.sequence.wrapping_add(step);
-        &self.bytes[..size.into()]
+        self.size = size;
     }
 
     /// Puts another word in, and into the checksum that covers it.

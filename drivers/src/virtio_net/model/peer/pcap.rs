@@ -80,20 +80,16 @@ impl Peer for Pcap {
             }
         }
         let input = self.input.as_mut()?;
-        if !input.is_early {
-            match input.read() {
-                Ok(true) => {}
-                Ok(false) => {
-                    self.input = None;
-                    return None;
-                }
-                Err(why) => {
-                    tracing::error!("{}: {why}: nothing more is delivered of it", input.path.display());
-                    self.counters.failed.add(1);
-                    self.input = None;
-                    return None;
-                }
-            }
+        let has_packet = input.is_early
+            || input.read().unwrap_or_else(|error| {
+                let why = why(&error, "it was cut after it was opened");
+                tracing::error!("{}: {why}: nothing more is delivered of it", input.path.display());
+                self.counters.failed.add(1);
+                false
+            });
+        if !has_packet {
+            self.input = None;
+            return None;
         }
         let input = self.input.as_mut()?;
         input.is_early = input.due.is_some_and(|due| Instant::now() < due);

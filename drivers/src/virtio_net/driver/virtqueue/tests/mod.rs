@@ -92,6 +92,23 @@ impl<Q: Virtqueue<Token = u32>, D: Device> Rig<Q, D> {
         fits
     }
 
+    /// Posts up to `most` buffers in one burst, of which there are `count`.
+    fn add_burst(&mut self, most: usize, count: usize, write: bool) {
+        let buffer = |token: u32| Buffer { iova: Iova::new(u64::from(token) << 20), len: 1_500, write };
+        let (first, free) = (self.tokens, usize::from(self.queue.free()));
+        let mut next = (first..).take(count).map(|token| (token, buffer(token)));
+        let added = self.queue.add_burst(most, || next.next());
+        assert_eq!(added, most.min(count).min(free));
+        if count > added {
+            assert_eq!(next.next().unwrap().0, first + added as u32, "none was taken and not posted");
+        }
+        for token in first..first + added as u32 {
+            self.posted.insert(token, (vec![buffer(token)], 1));
+            self.added.push_back(token);
+        }
+        self.tokens += added as u32;
+    }
+
     /// Publishes; the device fetches all that it finds, and compares it with what was added.
     fn publish(&mut self) {
         self.queue.publish();
@@ -197,6 +214,7 @@ impl<Q: Virtqueue<Token = u32>, D: Device> Rig<Q, D> {
 #[derive(Debug, Clone)]
 enum Step {
     Add(u16, u16),
+    AddBurst(usize, usize, bool),
     Publish,
     Complete(usize, u32),
     Take(usize),
@@ -209,6 +227,7 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (0_u16..4, 0_u16..4).prop_map(|(r, w)| Step::Add(r, w)),
+        3 => (0_usize..6, 0_usize..6, any::<bool>()).prop_map(|(most, n, write)| Step::AddBurst(most, n, write)),
         5 => Just(Step::Publish),
         5 => (0_usize..8, any::<u32>()).prop_map(|(which, len)| Step::Complete(which, len)),
         4 => (0_usize..10).prop_map(Step::Take),
@@ -235,6 +254,7 @@ fn run<Q: Virtqueue<Token = u32>, D: Device>(setup: Setup, packed: bool, steps: 
                 let writable = writable.min(setup.max_chain - readable).max(u16::from(readable == 0));
                 rig.add(readable, writable);
             }
+            Step::AddBurst(most, count, write) => rig.add_burst(most, count, write),
             Step::Publish => rig.publish(),
             Step::Complete(which, len) => rig.complete(which, len),
             Step::Take(most) => drop(rig.take(most)),
@@ -288,7 +308,7 @@ fn round_and_round<Q: Virtqueue<Token = u32>, D: Device>(size: u16) {
         let mut burst = 0;
         while rig.tokens < 70_000 {
             burst = burst % 13 + 1;
-            while rig.added.len() < burst && rig.add(0, 1) {}
+            rig.add_burst(burst, burst, true);
             if rig.setup.features.contains(Features::EVENT_IDX) {
                 rig.device.want(Want::After(burst as u16 / 2));
             }
@@ -316,13 +336,13 @@ fn a_queue_as_large_as_can_be_is_filled_and_emptied() {
         for features in 0..8 {
             let mut rig = Rig::<Q, D>::new(setup(32_768, 1, features), false);
             for _ in 0..3 {
-                // The rig counts descriptors on each add, which is too slow for so many.
-                let iova = Iova::new(4_096);
                 let first = rig.tokens;
-                while rig.queue.add(rig.tokens, &[Buffer::writable(iova, 1)]).is_ok() {
+                let mut next = || {
                     rig.tokens += 1;
-                }
-                assert_eq!(rig.tokens - first, 32_768);
+                    Some((rig.tokens - 1, Buffer::writable(Iova::new(4_096), 1)))
+                };
+                assert_eq!(rig.queue.add_burst(usize::MAX, &mut next), 32_768);
+                assert_eq!(rig.queue.add_burst(1, &mut next), 0);
                 rig.queue.publish();
                 let requests: Vec<_> = std::iter::from_fn(|| rig.device.fetch()).collect();
                 assert_eq!(requests.len(), 32_768);
@@ -351,6 +371,7 @@ fn is_broken<Q: Virtqueue<Token = u32>, D: Device>(mut rig: Rig<Q, D>, broken: B
     assert_eq!(rig.queue.take_used(), Err(broken));
     assert_eq!(rig.queue.take_burst(8, |_, _| panic!("taken")), Err(broken));
     assert_eq!(rig.queue.add(9, &[Buffer::writable(Iova::new(0), 1)]), Err(9));
+    assert_eq!(rig.queue.add_burst(8, || panic!("asked")), 0);
     rig.queue.publish();
     assert_eq!(rig.queue.take_used(), Err(broken));
     let mut rig = rig.reset();
@@ -451,6 +472,17 @@ fn a_batch_past_what_was_used_breaks_a_queue_in_order() {
 }
 
 #[test]
+fn a_length_without_the_write_flag_means_nothing() {
+    let mut rig = Rig::<PackedQueue<u32>, Packed>::new(setup(4, 1, 0), true);
+    rig.add(0, 1);
+    rig.publish();
+    let desc = rig.queue.areas().desc;
+    let used_and_not_written = 0x8080_0000_0000_ffff_u64;
+    rig.device.memory().bus.store(None, desc.wrapping_add(8), used_and_not_written).unwrap();
+    assert_eq!(rig.queue.take_used(), Ok(Some((0, 0))));
+}
+
+#[test]
 fn a_ring_without_posted_buffers_is_not_looked_at() {
     let mut rig = Rig::<PackedQueue<u32>, Packed>::new(setup(4, 1, 0), true);
     rig.device.lie(0, 0, 1);
@@ -466,6 +498,13 @@ fn scribbles<Q: Virtqueue<Token = u32>, D: Device>(setup: Setup, writes: &[(u16,
     let mut writes = writes.iter().cycle();
     for step in steps {
         match step % 5 {
+            0 if step % 2 == 0 => {
+                rig.queue.add_burst(3, || {
+                    out.insert(next);
+                    next += 1;
+                    Some((next - 1, Buffer::writable(Iova::new(0), 64)))
+                });
+            }
             0 => {
                 let chain = usize::from(step / 5 % 3 + 1).min(setup.max_chain.into());
                 if rig.queue.add(next, &[Buffer::writable(Iova::new(0), 64)].repeat(chain)).is_ok() {

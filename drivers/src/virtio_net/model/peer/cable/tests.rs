@@ -77,11 +77,8 @@ fn the_link_is_up_while_both_ends_are_there() {
 fn queue_pairs_are_joined_though_the_ends_have_different_numbers() {
     let (mut a, mut b) = (end("pairs-a", "pairs-b", 4), end("pairs-b", "pairs-a", 3));
     for round in 0..10 {
-        for pair in 0..4 {
-            assert!(send(&mut *a[pair], 10 * round + pair as u32));
-        }
-        for pair in 0..3 {
-            assert!(send(&mut *b[pair], 10 * round + pair as u32));
+        for (pair, peer) in (0..).zip(a.iter_mut()).chain((0..).zip(b.iter_mut())) {
+            assert!(send(&mut **peer, 10 * round + pair));
         }
     }
     let of = |pair: u32| (0..10).map(|round| 10 * round + pair).collect::<Vec<_>>();
@@ -92,8 +89,8 @@ fn queue_pairs_are_joined_though_the_ends_have_different_numbers() {
     assert_eq!(first, expected, "pair 0 of three has lanes 0 and 3");
     assert_eq!(receive_all(&mut *b[1]), of(1));
     assert_eq!(receive_all(&mut *b[2]), of(2));
-    for pair in 0..3 {
-        assert_eq!(receive_all(&mut *a[pair]), of(pair as u32));
+    for (pair, peer) in (0..3).zip(&mut a) {
+        assert_eq!(receive_all(&mut **peer), of(pair));
     }
     assert_eq!(receive(&mut *a[3]), None);
     // The link is up until the last pair of an end is gone.
@@ -186,7 +183,7 @@ fn the_last_frame_is_not_held_for_ever() {
     let mut a = impaired("held-a", "held-b", &impairments);
     let mut b = end("held-b", "held-a", 1);
     assert!(send(&mut *a, 1));
-    assert_eq!((receive(&mut *a), receive(&mut *b[0])), (None, None));
+    assert_eq!(receive(&mut *b[0]), None);
     thread::sleep(OVERTAKEN_WITHIN);
     assert_eq!((receive(&mut *a), receive(&mut *b[0])), (None, Some(1)));
     assert_eq!(a.counters().reordered.get(), 0, "nothing overtook it");

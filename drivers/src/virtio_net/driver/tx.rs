@@ -1,0 +1,413 @@
+//! Sending: a ring of packets that the device reads. The driver's part of a packet's way is [`TxRing::burst`] and what
+//! it calls: a packet in one piece, with headroom and without offloads, takes the short way.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use underpass::dma::DmaSpace;
+use underpass::net::headers::ethertype;
+use underpass::net::{Counters, MIN_FRAME, Offloads, State, TxQueue, Values, checksum};
+use underpass::pci::PciDevice;
+use underpass::{Access, Burst, Iova, Packet, Pool, Transport, TxOffload};
+use zerocopy::IntoBytes;
+
+use super::lease::{Lease, Ring, Status};
+use super::rx::ADDRESSES;
+use super::transport::Notifier;
+use super::virtqueue::{Buffer, Virtqueue};
+use crate::virtio_net::spec::net::{HashHeader, Header, gso, header_flag};
+
+/// Sent packets whose buffers go back to their pools at a time.
+const DONE: usize = 64;
+
+/// The most buffers of one packet, its header's included: 64 KiB in buffers of 2 KiB, and some.
+pub(super) const MAX_CHAIN: u16 = 40;
+
+/// Bytes of a VLAN tag.
+const TAG: usize = 4;
+
+/// The most that goes before a packet: the longest header, and the addresses with a tag behind them.
+pub(super) const MAX_FRONT: usize = size_of::<HashHeader>() + ADDRESSES + TAG;
+
+/// The longest packet that can be cut into segments, from its IP header on.
+const MAX_SEGMENTED: usize = u16::MAX as usize;
+
+/// A transmit queue's ring.
+pub(super) struct TxRing<Q: Virtqueue<Token = Packet>> {
+    queue: Q,
+    sender: Sender,
+    /// With fewer free entries, packets that were sent are given back first.
+    reclaim_at: u16,
+    /// Each packet takes one entry (`INDIRECT_DESC`).
+    indirect: bool,
+    /// Packets that the device has.
+    in_flight: usize,
+    done: Burst<Packet>,
+    notifier: Notifier,
+    counters: Arc<Counters>,
+    status: Arc<Status>,
+    device: Arc<PciDevice>,
+    index: u16,
+}
+
+/// Makes buffers of packets.
+struct Sender {
+    space: Arc<DmaSpace>,
+    /// Headers of packets that have no room for them.
+    headers: Pool,
+    header_len: usize,
+    /// The longest frame.
+    max: usize,
+    offloads: Offloads,
+    max_chain: usize,
+}
+
+/// What a transmit ring is made of, besides its queue.
+pub(super) struct TxParts {
+    pub space: Arc<DmaSpace>,
+    pub headers: Pool,
+    pub notifier: Notifier,
+    pub counters: Arc<Counters>,
+    pub status: Arc<Status>,
+    pub device: Arc<PciDevice>,
+    pub offloads: Offloads,
+    pub indirect: bool,
+    pub header_len: usize,
+    pub max_frame: usize,
+    pub max_chain: u16,
+    pub index: u16,
+}
+
+impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
+    pub(super) fn new(queue: Q, parts: TxParts) -> Self {
+        Self {
+            reclaim_at: queue.size() / 2,
+            in_flight: 0,
+            done: Burst::with_capacity(DONE),
+            queue,
+            sender: Sender {
+                space: parts.space,
+                headers: parts.headers,
+                header_len: parts.header_len,
+                max: parts.max_frame,
+                offloads: parts.offloads,
+                max_chain: parts.max_chain.into(),
+            },
+            indirect: parts.indirect,
+            notifier: parts.notifier,
+            counters: parts.counters,
+            status: parts.status,
+            device: parts.device,
+            index: parts.index,
+        }
+    }
+
+    #[inline]
+    fn burst(&mut self, burst: &mut Burst<Packet>) -> usize {
+        self.device.lend(self.index.into());
+        if !self.status.is_running() {
+            return 0;
+        }
+        let mut sum = Values::default();
+        if usize::from(self.queue.free()) < burst.len().max(self.reclaim_at.into()) {
+            self.reclaim_sent(&mut sum);
+        }
+        let count = self.fitting(burst);
+        for packet in burst.drain(count) {
+            self.sender.send(packet, &mut self.queue, &mut sum);
+        }
+        let posted = count - (sum.runts + sum.oversize + sum.refused) as usize;
+        if posted != 0 {
+            self.in_flight += posted;
+            self.queue.publish();
+            if self.queue.needs_notify() {
+                self.notifier.notify(self.queue.position());
+            }
+        }
+        self.counters.add(sum);
+        count
+    }
+
+    fn reclaim(&mut self) -> usize {
+        self.device.lend(self.index.into());
+        if self.status.is_running() {
+            let mut sum = Values::default();
+            self.reclaim_sent(&mut sum);
+            self.counters.add(sum);
+        }
+        self.in_flight
+    }
+
+    /// How many packets from the front on there are entries for.
+    #[inline]
+    fn fitting(&self, burst: &[Packet]) -> usize {
+        let mut free = usize::from(self.queue.free());
+        if self.indirect {
+            return burst.len().min(free);
+        }
+        let fits = |packet: &&Packet| {
+            let left = free.checked_sub(self.sender.entries(packet));
+            free = left.unwrap_or(free);
+            left.is_some()
+        };
+        burst.iter().take_while(fits).count()
+    }
+
+    /// Gives the buffers of all packets that were sent back, and counts these.
+    fn reclaim_sent(&mut self, sum: &mut Values) {
+        loop {
+            let (done, sender) = (&mut self.done, &self.sender);
+            let (mut bytes, mut headers) = (0, 0);
+            let taken = self.queue.take_burst(DONE, |packet, _| {
+                bytes += packet.len();
+                headers += sender.header_len;
+                sender.take_back(&packet);
+                // There is room for as many.
+                let _ = done.push(packet);
+            });
+            self.in_flight -= done.len();
+            sum.packets += done.len() as u64;
+            sum.bytes += (bytes - headers) as u64;
+            done.clear();
+            match taken {
+                Ok(DONE) => {}
+                Ok(_) => return,
+                Err(broken) => {
+                    sum.errors += 1;
+                    return self.status.break_down(broken.why);
+                }
+            }
+        }
+    }
+}
+
+impl Sender {
+    /// How many entries of a ring without indirect descriptors a packet takes, at most; 0 for one that has too many
+    /// buffers.
+    #[inline]
+    fn entries(&self, packet: &Packet) -> usize {
+        let has_room = packet.headroom() >= self.header_len + TAG;
+        if packet.next().is_none() && has_room {
+            return 1;
+        }
+        let entries = packet.segments().count() + usize::from(!has_room);
+        if entries > self.max_chain { 0 } else { entries }
+    }
+
+    /// Posts a packet, for which there are entries; or drops and counts it.
+    #[inline]
+    fn send<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
+        let len = packet.data().len();
+        let is_plain = packet.next().is_none() && packet.tx_offload().is_none() && packet.vlan().is_none();
+        if !is_plain || packet.headroom() < self.header_len {
+            return self.send_any(packet, queue, sum);
+        }
+        if len < MIN_FRAME {
+            sum.runts += 1;
+            return;
+        }
+        if len > self.max {
+            sum.oversize += 1;
+            return;
+        }
+        if let Some(header) = packet.prepend(self.header_len) {
+            header.fill(0);
+        }
+        let Some(iova) = self.space.hand_out(&packet, Access::READ) else {
+            sum.refused += 1;
+            return;
+        };
+        let buffer = Buffer::readable(iova, (len + self.header_len) as u32);
+        self.add(packet, &[buffer], queue, sum);
+    }
+
+    #[inline]
+    fn add<Q: Virtqueue<Token = Packet>>(
+        &self,
+        packet: Packet,
+        buffers: &[Buffer],
+        queue: &mut Q,
+        sum: &mut Values,
+    ) {
+        if let Err(packet) = queue.add(packet, buffers) {
+            self.take_back(&packet);
+            sum.refused += 1;
+        }
+    }
+
+    /// Likewise, for packets of any kind.
+    #[inline(never)]
+    fn send_any<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
+        let len = packet.len() + packet.vlan().map_or(0, |_| TAG);
+        if len < MIN_FRAME {
+            sum.runts += 1;
+            return;
+        }
+        let longest = match packet.tx_offload() {
+            Some(TxOffload { segment, l2_len, .. }) if segment != 0 => MAX_SEGMENTED + usize::from(l2_len),
+            _ => self.max,
+        };
+        if len > longest {
+            sum.oversize += 1;
+            return;
+        }
+        let posted = (self.entries(&packet) != 0)
+            .then(|| self.header(&mut packet, len))
+            .flatten()
+            .and_then(|header| self.with_front(packet, header))
+            .and_then(|packet| self.post(packet, queue));
+        if posted.is_none() {
+            sum.refused += 1;
+        }
+    }
+
+    /// The header of a packet that is `len` bytes long as it is sent; `None` if it asks for what was not granted, or its
+    /// headers are not where it says.
+    fn header(&self, packet: &mut Packet, len: usize) -> Option<Header> {
+        let granted = |offloads, wanted: bool| !wanted || self.offloads.contains(offloads);
+        let tag = packet.vlan().map_or(0, |_| TAG);
+        if !granted(Offloads::TX_VLAN, tag != 0) {
+            return None;
+        }
+        let Some(offload) = packet.tx_offload() else { return Some(Header::default()) };
+        let (segments, checksum_offset, gso_type) = match (offload.transport, offload.ipv6) {
+            (Transport::Tcp, false) => (Offloads::TX_TCP_SEGMENT, 16, gso::TCPV4),
+            (Transport::Tcp, true) => (Offloads::TX_TCP_SEGMENT, 16, gso::TCPV6),
+            (Transport::Udp, _) => (Offloads::TX_UDP_SEGMENT, 6, gso::UDP_L4),
+        };
+        let segment = offload.segment != 0;
+        // What is cut into segments has its checksums computed for each of them.
+        let checksum = !segment && (offload.l4_checksum || offload.ip_checksum);
+        if !granted(segments, segment) || !granted(Offloads::TX_CHECKSUM, checksum) {
+            return None;
+        }
+        let l4_start = tag + usize::from(offload.l2_len) + usize::from(offload.l3_len);
+        let mut header = Header::default();
+        if offload.l4_checksum || segment {
+            if l4_start + checksum_offset + 2 > len {
+                return None;
+            }
+            header.flags = header_flag::NEEDS_CSUM;
+            header.csum_start = l4_start as u16;
+            header.csum_offset = checksum_offset as u16;
+        }
+        if segment {
+            let headers = l4_start + usize::from(offload.l4_len);
+            if headers >= len || headers + usize::from(offload.segment) > self.max {
+                return None;
+            }
+            header.gso_type = gso_type;
+            header.hdr_len = headers as u16;
+            header.gso_size = offload.segment;
+        }
+        if offload.ip_checksum && !offload.ipv6 {
+            // The device has no such offload.
+            let ip = usize::from(offload.l2_len)..usize::from(offload.l2_len) + usize::from(offload.l3_len);
+            fill_ipv4_checksum(packet.data_mut().get_mut(ip)?)?;
+        }
+        Some(header)
+    }
+
+    /// Puts the header before the packet, and the VLAN tag into it: into its headroom, or else into a buffer of its own.
+    fn with_front(&self, mut packet: Packet, header: Header) -> Option<Packet> {
+        let mut front = [0; MAX_FRONT];
+        let mut len = self.header_len;
+        header.write_to_prefix(&mut front).ok()?;
+        if let Some(tci) = packet.vlan() {
+            front[len..][..ADDRESSES].copy_from_slice(packet.data().get(..ADDRESSES)?);
+            packet.trim_front(ADDRESSES);
+            front[len + ADDRESSES..][..2].copy_from_slice(&ethertype::VLAN.to_be_bytes());
+            front[len + ADDRESSES + 2..][..2].copy_from_slice(&tci.to_be_bytes());
+            len += ADDRESSES + TAG;
+        }
+        let front = &front[..len];
+        if let Some(place) = packet.prepend(len) {
+            place.copy_from_slice(front);
+            return Some(packet);
+        }
+        let mut first = self.headers.alloc()?;
+        first.append(len)?.copy_from_slice(front);
+        first.chain(packet);
+        Some(first)
+    }
+
+    /// Hands all segments out; `None` if one can not be.
+    fn post<Q: Virtqueue<Token = Packet>>(&self, packet: Packet, queue: &mut Q) -> Option<()> {
+        let mut buffers = [Buffer::readable(Iova::new(0), 0); MAX_CHAIN as usize];
+        let mut count = 0;
+        for segment in packet.segments().filter(|segment| !segment.data().is_empty()) {
+            let iova = self.space.iova(segment)?;
+            *buffers.get_mut(count)? = Buffer::readable(iova, segment.data().len() as u32);
+            count += 1;
+        }
+        for segment in packet.segments() {
+            self.space.hand_out(segment, Access::READ);
+        }
+        queue.add(packet, &buffers[..count]).map_err(|packet| self.take_back(&packet)).ok()
+    }
+
+    #[inline]
+    fn take_back(&self, packet: &Packet) {
+        if self.space.checks_leases() {
+            for segment in packet.segments() {
+                self.space.take_back(segment, Access::READ);
+            }
+        }
+    }
+}
+
+/// Computes the checksum of an IPv4 header (RFC 791, 3.1); `None` if it is none.
+fn fill_ipv4_checksum(header: &mut [u8]) -> Option<()> {
+    const CHECKSUM: Range<usize> = 10..12;
+    if header.len() < 20 {
+        return None;
+    }
+    header[CHECKSUM].fill(0);
+    let sum = checksum::of(header);
+    header[CHECKSUM].copy_from_slice(&sum.to_be_bytes());
+    Some(())
+}
+
+impl<Q: Virtqueue<Token = Packet> + Send> Ring for TxRing<Q> {
+    fn close(&mut self) {
+        let mut sum = Values::default();
+        self.reclaim_sent(&mut sum);
+        let sender = &self.sender;
+        self.queue.reset(|packet| {
+            sender.take_back(&packet);
+            sum.unsent += 1;
+        });
+        self.in_flight = 0;
+        self.counters.add(sum);
+    }
+}
+
+impl<Q: Virtqueue<Token = Packet> + Send + 'static> TxQueue for Lease<TxRing<Q>> {
+    fn tx_burst(&mut self, burst: &mut Burst<Packet>) -> usize {
+        self.ring_mut().map_or(0, |ring| ring.burst(burst))
+    }
+
+    fn reclaim(&mut self) -> usize {
+        self.ring_mut().map_or(0, TxRing::reclaim)
+    }
+
+    fn state(&self) -> State {
+        self.ring().map_or(State::Gone, |ring| ring.status.get())
+    }
+
+    fn index(&self) -> u16 {
+        self.ring().map_or(0, |ring| ring.index)
+    }
+}
+
+impl<Q: Virtqueue<Token = Packet>> fmt::Debug for TxRing<Q> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TxRing")
+            .field("device", &self.device)
+            .field("index", &self.index)
+            .field("state", &self.status.get())
+            .field("in_flight", &self.in_flight)
+            .finish_non_exhaustive()
+    }
+}

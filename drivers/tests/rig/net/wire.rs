@@ -1,0 +1,163 @@
+//! The other end of a port's cables, in the test's hands.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use underpass_drivers::virtio_net::model::peer::{Frame, Offload, Peer, PeerCounters};
+
+/// Frames that an echoing wire holds for each queue pair, at most.
+const ROOM: usize = 8192;
+
+/// A frame on the wire.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct OnWire {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) offload: Offload,
+}
+
+/// One cable a queue pair. What the port sends is recorded, or comes back.
+#[derive(Debug, Clone)]
+pub(crate) struct Wire(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    pairs: Vec<Cable>,
+    /// The device finishes checksums and segments before it sends.
+    finishing: bool,
+    echo: bool,
+    blocked: bool,
+    up: bool,
+}
+
+#[derive(Debug, Default)]
+struct Cable {
+    sent: VecDeque<OnWire>,
+    arriving: VecDeque<OnWire>,
+}
+
+impl Wire {
+    /// One that records what is sent.
+    pub(crate) fn new(pairs: usize) -> Self {
+        let pairs = (0..pairs).map(|_| Cable::default()).collect();
+        let state = State { pairs, finishing: false, echo: false, blocked: false, up: true };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// One that records what is sent as it would travel: the device completes checksums and cuts segments before.
+    pub(crate) fn finishing(pairs: usize) -> Self {
+        let wire = Self::new(pairs);
+        wire.state().finishing = true;
+        wire
+    }
+
+    /// One on which everything that is sent arrives again.
+    pub(crate) fn echo(pairs: usize) -> Self {
+        let wire = Self::new(pairs);
+        wire.state().echo = true;
+        wire
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    pub(crate) fn pairs(&self) -> usize {
+        self.state().pairs.len()
+    }
+
+    /// The device's side, one a queue pair.
+    pub(crate) fn peers(&self) -> Vec<Box<dyn Peer>> {
+        let pairs = self.state().pairs.len();
+        (0..pairs).map(|pair| Box::new(End::new(self, pair)) as Box<dyn Peer>).collect()
+    }
+
+    /// Sends a frame to the port.
+    pub(crate) fn send(&self, pair: usize, bytes: Vec<u8>) {
+        self.send_unfinished(pair, OnWire { bytes, offload: Offload::default() });
+    }
+
+    /// Sends a frame whose checksum or segmentation is left to the receiver.
+    pub(crate) fn send_unfinished(&self, pair: usize, frame: OnWire) {
+        self.state().pairs[pair].arriving.push_back(frame);
+    }
+
+    /// How many frames have yet to arrive at the port.
+    pub(crate) fn arriving(&self) -> usize {
+        self.state().pairs.iter().map(|cable| cable.arriving.len()).sum()
+    }
+
+    /// What the port sent on this pair since the last call.
+    pub(crate) fn sent(&self, pair: usize) -> Vec<Vec<u8>> {
+        self.state().pairs[pair].sent.drain(..).map(|frame| frame.bytes).collect()
+    }
+
+    /// How many frames the port has sent that were not looked at.
+    pub(crate) fn sent_count(&self) -> usize {
+        self.state().pairs.iter().map(|cable| cable.sent.len()).sum()
+    }
+
+    /// Takes nothing more from the port, or does again.
+    pub(crate) fn block(&self, blocked: bool) {
+        self.state().blocked = blocked;
+    }
+
+    /// Loses everything that is on the way.
+    pub(crate) fn forget(&self) {
+        for cable in &mut self.state().pairs {
+            cable.sent.clear();
+            cable.arriving.clear();
+        }
+    }
+
+    /// Takes the link down or up.
+    pub(crate) fn set_link(&self, up: bool) {
+        self.state().up = up;
+    }
+}
+
+struct End {
+    wire: Wire,
+    pair: usize,
+    /// What the device reads.
+    frame: OnWire,
+    counters: Arc<PeerCounters>,
+}
+
+impl End {
+    fn new(wire: &Wire, pair: usize) -> Self {
+        Self { wire: wire.clone(), pair, frame: OnWire::default(), counters: Arc::default() }
+    }
+}
+
+impl Peer for End {
+    fn transmit(&mut self, frame: Frame<'_>) -> bool {
+        let mut state = self.wire.state();
+        let echo = state.echo;
+        let cable = &mut state.pairs[self.pair];
+        let to = if echo { &mut cable.arriving } else { &mut cable.sent };
+        let room = to.len() < ROOM && !state.blocked;
+        if room {
+            let frame = OnWire { bytes: frame.bytes.to_vec(), offload: frame.offload };
+            let cable = &mut state.pairs[self.pair];
+            if echo { &mut cable.arriving } else { &mut cable.sent }.push_back(frame);
+        }
+        room
+    }
+
+    fn receive(&mut self) -> Option<Frame<'_>> {
+        self.frame = self.wire.state().pairs[self.pair].arriving.pop_front()?;
+        Some(Frame { bytes: &self.frame.bytes, offload: self.frame.offload })
+    }
+
+    fn link_up(&self) -> bool {
+        self.wire.state().up
+    }
+
+    fn carries_offloads(&self) -> bool {
+        !self.wire.state().finishing
+    }
+
+    fn counters(&self) -> Arc<PeerCounters> {
+        Arc::clone(&self.counters)
+    }
+}

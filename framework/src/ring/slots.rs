@@ -1,0 +1,113 @@
+//! Memory for a power of two of items.
+
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ptr;
+
+use super::index::{Line, Run};
+
+/// What slots are made of, so that they start with a cache line.
+type Block = UnsafeCell<Line<MaybeUninit<[u8; BLOCK]>>>;
+const BLOCK: usize = align_of::<Line<()>>();
+
+pub(super) struct Slots<T> {
+    blocks: Box<[Block]>,
+    mask: usize,
+    _type: PhantomData<T>,
+}
+
+impl<T> Slots<T> {
+    /// No fewer than `capacity`.
+    pub(super) fn new(capacity: usize) -> Self {
+        const { assert!(align_of::<T>() <= BLOCK, "items are aligned to no more than two cache lines") };
+        let slots = capacity.checked_next_power_of_two().expect("a ring that fits into memory");
+        let bytes = slots.checked_mul(size_of::<T>()).expect("a ring that fits into memory");
+        let blocks = (0..bytes.div_ceil(BLOCK)).map(|_| UnsafeCell::new(Line(MaybeUninit::uninit()))).collect();
+        Self { blocks, mask: slots - 1, _type: PhantomData }
+    }
+
+    /// Moves `run.count` items from `items` to the run's slots.
+    ///
+    /// # Safety
+    /// `items` points to as many, which are no longer the caller's. The run is reserved by this thread.
+    #[inline]
+    pub(super) unsafe fn write(&self, run: Run, items: *const T) {
+        let (first, count, rest) = self.split(run);
+        // SAFETY: `first` is the index of a slot.
+        let to = unsafe { self.start().add(first) };
+        // SAFETY: from there on, `count` slots are before the end. Nobody else uses them while they are reserved.
+        unsafe { copy(items, to, count) };
+        if rest > 0 {
+            // SAFETY: there are `count + rest` items.
+            let items = unsafe { items.add(count) };
+            // SAFETY: the run goes on in the first slots, up to before `first`. Rare, so by a call.
+            unsafe { ptr::copy_nonoverlapping(items, self.start(), rest) };
+        }
+    }
+
+    /// Moves the items in a run's slots to `items`.
+    ///
+    /// # Safety
+    /// `items` points to memory for `run.count` items. The run is reserved by this thread, and holds items, which are the
+    /// caller's from now on.
+    #[inline]
+    pub(super) unsafe fn read(&self, run: Run, items: *mut T) {
+        let (first, count, rest) = self.split(run);
+        // SAFETY: `first` is the index of a slot.
+        let from = unsafe { self.start().add(first) };
+        // SAFETY: from there on, `count` slots are before the end. Nobody else uses them while they are reserved.
+        unsafe { copy(from, items, count) };
+        if rest > 0 {
+            // SAFETY: there is memory for `count + rest` items.
+            let items = unsafe { items.add(count) };
+            // SAFETY: the run goes on in the first slots, up to before `first`. Rare, so by a call.
+            unsafe { ptr::copy_nonoverlapping(self.start(), items, rest) };
+        }
+    }
+
+    /// The index of a run's first slot, how many of its slots come before the end, and how many go on at the start.
+    #[inline]
+    fn split(&self, run: Run) -> (usize, usize, usize) {
+        let (first, all) = (run.at as usize & self.mask, run.count as usize);
+        let count = all.min(self.mask + 1 - first);
+        (first, count, all - count)
+    }
+
+    #[inline]
+    fn start(&self) -> *mut T {
+        UnsafeCell::raw_get(self.blocks.as_ptr()).cast()
+    }
+}
+
+/// Moves `count` items to memory that does not overlap theirs.
+///
+/// In pieces of 16 bytes, in order. Between two cores that is up to twice as fast as the C library's `memcpy`, which takes
+/// larger ones and the last of them first; and runs are often so short that calling it would take longer than copying.
+///
+/// # Safety
+/// As for [`ptr::copy_nonoverlapping`].
+#[inline]
+unsafe fn copy<T>(from: *const T, to: *mut T, count: usize) {
+    type Piece = MaybeUninit<[u8; 16]>;
+    let bytes = count * size_of::<T>();
+    let (mut from, mut to) = (from.cast::<Piece>(), to.cast::<Piece>());
+    // Two a turn: if it were one, the compiler would see that this is a `memcpy` and call it.
+    for _ in 0..bytes / 32 {
+        for _ in 0..2 {
+            // SAFETY: the piece is inside the run, which the caller may read. Any bytes are a `MaybeUninit`.
+            let piece = unsafe { from.read_unaligned() };
+            // SAFETY: the piece is inside the run, which the caller may write.
+            unsafe { to.write_unaligned(piece) };
+            // SAFETY: no further than the end of the run.
+            from = unsafe { from.add(1) };
+            // SAFETY: no further than the end of the run.
+            to = unsafe { to.add(1) };
+        }
+    }
+    let rest = bytes % 32;
+    if rest > 0 {
+        // SAFETY: what is left of both runs, which the caller may read and write, and which do not overlap.
+        unsafe { ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), rest) };
+    }
+}
