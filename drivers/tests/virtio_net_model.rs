@@ -3,82 +3,12 @@
 
 mod raw_virtio;
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use raw_virtio::*;
 use underpass::pci::Run;
-use underpass_drivers::virtio_net::model::peer::{Frame, Offload, Peer, PeerCounters, PeerSpec};
+use underpass_drivers::virtio_net::model::peer::PeerSpec;
 use underpass_drivers::virtio_net::model::{Count, Features, Profile, VirtioNetModel};
-
-fn pairs(queue_pairs: u16) -> Profile {
-    Profile { queue_pairs, ..Profile::default() }
-}
-
-/// Bytes that differ from frame to frame, to a unicast address.
-fn frame(n: usize, len: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..len).map(|at| (at * 7 + n * 13 + at / 251) as u8).collect();
-    let head = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
-    let known = len.min(14);
-    bytes[..known].copy_from_slice(&head[..known]);
-    bytes
-}
-
-/// A peer that tests hold the other end of.
-#[derive(Clone, Default)]
-struct Hand(Arc<Mutex<Held>>);
-
-#[derive(Default)]
-struct Held {
-    sent: Vec<(Vec<u8>, Offload)>,
-    to_receive: VecDeque<(Vec<u8>, Offload)>,
-    refuses: bool,
-    carries: bool,
-}
-
-struct HandPeer(Hand, Vec<u8>);
-
-impl Peer for HandPeer {
-    fn transmit(&mut self, frame: Frame<'_>) -> bool {
-        let mut held = self.0.0.lock().unwrap();
-        assert!(held.carries || frame.offload == Offload::default(), "an unfinished frame");
-        if !held.refuses {
-            held.sent.push((frame.bytes.to_vec(), frame.offload));
-        }
-        !held.refuses
-    }
-
-    fn receive(&mut self) -> Option<Frame<'_>> {
-        let (bytes, offload) = self.0.0.lock().unwrap().to_receive.pop_front()?;
-        self.1 = bytes;
-        Some(Frame { bytes: &self.1, offload })
-    }
-
-    fn carries_offloads(&self) -> bool {
-        self.0.0.lock().unwrap().carries
-    }
-
-    fn counters(&self) -> Arc<PeerCounters> {
-        Arc::default()
-    }
-}
-
-impl Hand {
-    fn peers(count: usize) -> (Vec<Hand>, Vec<Box<dyn Peer>>) {
-        let hands: Vec<_> = (0..count).map(|_| Hand::default()).collect();
-        let peers = hands.iter().map(|hand| Box::new(HandPeer(hand.clone(), Vec::new())) as Box<dyn Peer>);
-        (hands.clone(), peers.collect())
-    }
-
-    fn give(&self, frame: &[u8]) {
-        self.0.lock().unwrap().to_receive.push_back((frame.to_vec(), Offload::default()));
-    }
-
-    fn sent(&self) -> Vec<Vec<u8>> {
-        self.0.lock().unwrap().sent.drain(..).map(|(bytes, _)| bytes).collect()
-    }
-}
 
 // Registers
 
@@ -175,7 +105,7 @@ fn round_trip(features: u64, size: u16, chained: bool, indirect: bool) {
         while rx.free() >= if indirect { 1 } else { lens.len() as u16 } {
             rig.post(rx, lens, indirect);
         }
-        for _ in 0..1 + sent % 5 {
+        for _ in 0..=sent % 5 {
             if tx.free() < 3 {
                 break;
             }
@@ -304,6 +234,12 @@ fn runts_and_over_long_frames_are_counted_and_dropped() {
 
 // Interrupts and notifications
 
+/// Offset of a queue's driver area.
+fn driver_area(rig: &Rig, queue: u16) -> usize {
+    rig.common.write16(22, queue);
+    (rig.common.read64(40) - rig.memory.base) as usize
+}
+
 #[test]
 fn interrupts_come_by_the_queues_vector_as_the_driver_asks() {
     for ring in [0, PACKED] {
@@ -334,7 +270,7 @@ fn interrupts_come_by_the_queues_vector_as_the_driver_asks() {
             // Suppression words of zero: interrupts are on; with EVENT_IDX on a split ring, for the first buffer.
             assert_eq!(pass(&mut rig, 1), [false, true, true]);
             // (of receive and transmit) 1 disables; with EVENT_IDX an event far away does.
-            let (areas, size) = ([rx_area(&rig, 0), rx_area(&rig, 1)], 8);
+            let (areas, size) = ([driver_area(&rig, 0), driver_area(&rig, 1)], 8);
             for area in areas {
                 match (ring, events) {
                     (0, 0) => rig.memory.put16(area, 1),
@@ -358,12 +294,6 @@ fn interrupts_come_by_the_queues_vector_as_the_driver_asks() {
             }
             assert!(rig.control.violation().is_none());
         }
-    }
-
-    /// Offset of a queue's driver area.
-    fn rx_area(rig: &Rig, queue: u16) -> usize {
-        rig.common.write16(22, queue);
-        (rig.common.read64(40) - rig.memory.base) as usize
     }
 }
 
@@ -529,8 +459,8 @@ fn threads_and_resets_under_load() {
     let model = VirtioNetModel::new(Profile { peer: PeerSpec::Loop, ..pairs(2) }).unwrap();
     let mut rig = Rig::run_by(model, Run::Threads { cores: Vec::new() });
     for round in 0..20 {
-        let ring = if round % 2 == 0 { PACKED } else { 0 };
-        let (mut queues, _) = rig.start(ring | IN_ORDER, 1, 64);
+        let features = IN_ORDER | if round % 2 == 0 { PACKED } else { 0 };
+        let (mut queues, _) = rig.start(features, 1, 64);
         let (rx, tx) = &mut queues[0];
         for n in 0..20 {
             rig.post(rx, &[256], false);

@@ -15,7 +15,7 @@ use super::run::Run;
 
 /// How long a transmit queue may take nothing before the packets for it are dropped: a lane that waits for ever stops its
 /// receive queue too.
-const PATIENCE: Duration = Duration::from_millis(10);
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// How long packets may stay with a device at the end.
 const LAST_PATIENCE: Duration = Duration::from_millis(500);

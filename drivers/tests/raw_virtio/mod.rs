@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a rig that can not be built fails its test")]
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use underpass::bar::Bar;
 use underpass::dma::DmaBuf;
@@ -13,7 +13,7 @@ use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::iommu::{Attachment, IommuBackend, Mapping};
 use underpass::pci::{PciDevice, Run};
 use underpass::{Access, Region};
-use underpass_drivers::virtio_net::model::peer::Peer;
+use underpass_drivers::virtio_net::model::peer::{Frame, Offload, Peer, PeerCounters};
 use underpass_drivers::virtio_net::model::{Profile, VirtioNetControl, VirtioNetModel};
 
 pub(crate) const VERSION_1: u64 = 1 << 32;
@@ -553,5 +553,73 @@ impl Rig {
     pub(crate) fn violation(&self) -> String {
         assert_eq!(self.status() & NEEDS_RESET, NEEDS_RESET, "the device goes on");
         self.control.violation().unwrap().to_string()
+    }
+}
+
+pub(crate) fn pairs(queue_pairs: u16) -> Profile {
+    Profile { queue_pairs, ..Profile::default() }
+}
+
+/// Bytes that differ from frame to frame, to a unicast address.
+pub(crate) fn frame(n: usize, len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len).map(|at| (at * 7 + n * 13 + at / 251) as u8).collect();
+    let head = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
+    let known = len.min(14);
+    bytes[..known].copy_from_slice(&head[..known]);
+    bytes
+}
+
+/// A peer that tests hold the other end of.
+#[derive(Clone, Default)]
+pub(crate) struct Hand(pub(crate) Arc<Mutex<Held>>);
+
+#[derive(Default)]
+pub(crate) struct Held {
+    pub(crate) sent: Vec<(Vec<u8>, Offload)>,
+    pub(crate) to_receive: VecDeque<(Vec<u8>, Offload)>,
+    pub(crate) refuses: bool,
+    pub(crate) carries: bool,
+}
+
+pub(crate) struct HandPeer(Hand, Vec<u8>);
+
+impl Peer for HandPeer {
+    fn transmit(&mut self, frame: Frame<'_>) -> bool {
+        let mut held = self.0.0.lock().unwrap();
+        assert!(held.carries || frame.offload == Offload::default(), "an unfinished frame");
+        if !held.refuses {
+            held.sent.push((frame.bytes.to_vec(), frame.offload));
+        }
+        !held.refuses
+    }
+
+    fn receive(&mut self) -> Option<Frame<'_>> {
+        let (bytes, offload) = self.0.0.lock().unwrap().to_receive.pop_front()?;
+        self.1 = bytes;
+        Some(Frame { bytes: &self.1, offload })
+    }
+
+    fn carries_offloads(&self) -> bool {
+        self.0.0.lock().unwrap().carries
+    }
+
+    fn counters(&self) -> Arc<PeerCounters> {
+        Arc::default()
+    }
+}
+
+impl Hand {
+    pub(crate) fn peers(count: usize) -> (Vec<Hand>, Vec<Box<dyn Peer>>) {
+        let hands: Vec<_> = (0..count).map(|_| Hand::default()).collect();
+        let peers = hands.iter().map(|hand| Box::new(HandPeer(hand.clone(), Vec::new())) as Box<dyn Peer>);
+        (hands.clone(), peers.collect())
+    }
+
+    pub(crate) fn give(&self, frame: &[u8]) {
+        self.0.lock().unwrap().to_receive.push_back((frame.to_vec(), Offload::default()));
+    }
+
+    pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
+        self.0.lock().unwrap().sent.drain(..).map(|(bytes, _)| bytes).collect()
     }
 }

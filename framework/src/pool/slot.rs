@@ -61,7 +61,7 @@ pub(super) fn unregister(pool: NonNull<Shared>) {
 ///
 /// Dropping it moves what its caches hold to where others find it.
 pub struct Slot {
-    index: usize,
+    pub(super) index: usize,
     /// It stays with its thread.
     _not_send: PhantomData<*const ()>,
 }

@@ -1,85 +1,22 @@
 //! What registers, engines and the owner's handle share.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crossbeam::utils::CachePadded;
 use underpass::interrupt::Interrupts;
-use underpass::model::{Bus, DmaFault, Host};
+use underpass::model::{Bus, Host};
 use underpass::net::MacAddr;
 
 use super::Profile;
 use super::engine::Core;
 use super::inbox::Inbox;
 use super::registers::Registers;
+use super::report::{Count, Violation};
 use super::rules::{Flows, Rules};
 use super::spec::pci::{NO_VECTOR, isr, status};
 use super::spec::{Features, net};
 use super::virtqueue::{Broken, Config, Virtqueue};
-
-/// Why the device asks for a reset: what the driver did wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Violation {
-    /// The queue that it happened on, if it was one.
-    pub queue: Option<u16>,
-    /// The rule, as a sentence about what was found.
-    pub rule: &'static str,
-    /// The access that was refused, if it was one.
-    pub fault: Option<DmaFault>,
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(queue) = self.queue {
-            write!(f, "queue {queue}: ")?;
-        }
-        f.write_str(self.rule)?;
-        if let Some(fault) = &self.fault {
-            write!(f, " ({} at {:#x}: {:?})", fault.access, fault.iova.get(), fault.reason)?;
-        }
-        Ok(())
-    }
-}
-
-/// What a device counts over all its queues.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Count {
-    /// Frames that the driver sent, dropped ones included.
-    TxFrames,
-    /// Dropped: sent, and shorter than an Ethernet header.
-    TxRunts,
-    /// Dropped: sent, and longer than the MTU allows without segmentation.
-    TxOversize,
-    /// Dropped: sent, and the checksum or segmentation that was asked for does not fit the frame's headers.
-    TxMalformed,
-    /// Dropped: sent while the link was down.
-    TxLinkDown,
-    /// Frames that the driver received.
-    RxFrames,
-    /// Dropped: received, and not for this driver, as its filters say.
-    RxFiltered,
-    /// Dropped: received, and longer than the MTU or than any number of the driver's buffers.
-    RxOversize,
-    /// Dropped: received, and there is no queue for it.
-    RxNoQueue,
-}
-
-impl Count {
-    /// All of them, with their names.
-    pub const ALL: [(Self, &'static str); 9] = [
-        (Self::TxFrames, "tx_frames"),
-        (Self::TxRunts, "tx_runts"),
-        (Self::TxOversize, "tx_oversize"),
-        (Self::TxMalformed, "tx_malformed"),
-        (Self::TxLinkDown, "tx_link_down"),
-        (Self::RxFrames, "rx_frames"),
-        (Self::RxFiltered, "rx_filtered"),
-        (Self::RxOversize, "rx_oversize"),
-        (Self::RxNoQueue, "rx_no_queue"),
-    ];
-}
 
 /// One engine's counts.
 type Counts = [AtomicU64; Count::ALL.len()];
@@ -94,8 +31,8 @@ const LINK_PEER: u8 = 2;
 /// other engines' cores while it holds its own; nobody who holds one of those waits for its.
 pub(super) struct Device {
     pub(super) profile: Profile,
-    /// The engines' insides, one a queue pair, filled by `start`.
-    cores: OnceLock<Box<[Arc<Mutex<Core>>]>>,
+    /// The engines' insides, one a queue pair, filled by `start`. They go, and their peers with them, when the engines do.
+    cores: OnceLock<Box<[Weak<Mutex<Core>>]>>,
     /// How many wait for a core: engines then let them go first.
     waiting: AtomicUsize,
     registers: Mutex<Registers>,
@@ -156,10 +93,10 @@ impl Device {
         }
     }
 
-    pub(super) fn start(&self, host: &dyn Host, cores: Box<[Arc<Mutex<Core>>]>) {
+    pub(super) fn start(&self, host: &dyn Host, cores: &[Arc<Mutex<Core>>]) {
         // A second start would bring the same ones.
         let _ = self.interrupts.set(host.interrupts());
-        let _ = self.cores.set(cores);
+        let _ = self.cores.set(cores.iter().map(Arc::downgrade).collect());
     }
 
     pub(super) fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -250,9 +187,9 @@ impl Device {
 
     /// Works with a core, between two of its steps.
     fn with_core<R>(&self, pair: u16, work: impl FnOnce(&mut Core) -> R) -> Option<R> {
-        let core = self.cores.get()?.get(usize::from(pair))?;
+        let core = self.cores.get()?.get(usize::from(pair))?.upgrade()?;
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        let result = work(&mut lock(core));
+        let result = work(&mut lock(&core));
         self.waiting.fetch_sub(1, Ordering::AcqRel);
         Some(result)
     }

@@ -32,7 +32,7 @@ pub(super) fn engines(
         Box::new(NetEngine { device: Arc::clone(device), core: Arc::clone(core) }) as Box<dyn Engine>
     };
     let engines = cores.iter().map(engine).collect();
-    device.start(host, cores);
+    device.start(host, &cores);
     engines
 }
 

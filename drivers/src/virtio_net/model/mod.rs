@@ -32,6 +32,7 @@ mod packed;
 pub mod peer;
 mod receive;
 mod registers;
+mod report;
 mod rules;
 mod split;
 mod transmit;
@@ -50,7 +51,7 @@ use self::peer::{Peer, PeerSpec};
 use self::registers::Notifications;
 use super::spec;
 
-pub use self::device::{Count, Violation};
+pub use self::report::{Count, Violation};
 pub use super::spec::Features;
 
 /// What kind of device a model is.

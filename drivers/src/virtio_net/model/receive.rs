@@ -7,10 +7,10 @@ use underpass::net::checksum;
 use underpass::net::headers::{Headers, Ip};
 use zerocopy::IntoBytes;
 
-use super::device::Count;
 use super::engine::{BURST, BURST_BYTES, Context};
 use super::inbox::{Held, Inbox};
 use super::peer::{Frame, Offload, Peer, SegmentKind};
+use super::report::Count;
 use super::rules::{Hash, Rules};
 use super::spec::Features;
 use super::spec::net::{HashHeader, Header, gso, header_flag, receive_queue};

@@ -6,9 +6,9 @@ use underpass::net::MIN_FRAME;
 use underpass::net::headers::{Headers, Ip, protocol};
 use zerocopy::FromBytes;
 
-use super::device::Count;
 use super::engine::{BURST, BURST_BYTES, Context};
 use super::peer::{Frame, Offload, Peer, Segment as Cut, SegmentKind};
+use super::report::Count;
 use super::rules::{Rules, Steering};
 use super::spec::Features;
 use super::spec::net::{HashHeader, Header, gso, header_flag, transmit_queue};

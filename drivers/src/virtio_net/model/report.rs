@@ -1,0 +1,68 @@
+//! What the device tells its owner: what the driver did wrong, and what became of the frames.
+
+use std::fmt;
+
+use underpass::model::DmaFault;
+
+/// Why the device asks for a reset: what the driver did wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Violation {
+    /// The queue that it happened on, if it was one.
+    pub queue: Option<u16>,
+    /// The rule, as a sentence about what was found.
+    pub rule: &'static str,
+    /// The access that was refused, if it was one.
+    pub fault: Option<DmaFault>,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(queue) = self.queue {
+            write!(f, "queue {queue}: ")?;
+        }
+        f.write_str(self.rule)?;
+        if let Some(fault) = &self.fault {
+            write!(f, " ({} at {:#x}: {:?})", fault.access, fault.iova.get(), fault.reason)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a device counts over all its queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Count {
+    /// Frames that the driver sent, dropped ones included.
+    TxFrames,
+    /// Dropped: sent, and shorter than an Ethernet header.
+    TxRunts,
+    /// Dropped: sent, and longer than the MTU allows without segmentation.
+    TxOversize,
+    /// Dropped: sent, and the checksum or segmentation that was asked for does not fit the frame's headers.
+    TxMalformed,
+    /// Dropped: sent while the link was down.
+    TxLinkDown,
+    /// Frames that the driver received.
+    RxFrames,
+    /// Dropped: received, and not for this driver, as its filters say.
+    RxFiltered,
+    /// Dropped: received, and longer than the MTU or than any number of the driver's buffers.
+    RxOversize,
+    /// Dropped: received, and there is no queue for it.
+    RxNoQueue,
+}
+
+impl Count {
+    /// All of them, with their names.
+    pub const ALL: [(Self, &'static str); 9] = [
+        (Self::TxFrames, "tx_frames"),
+        (Self::TxRunts, "tx_runts"),
+        (Self::TxOversize, "tx_oversize"),
+        (Self::TxMalformed, "tx_malformed"),
+        (Self::TxLinkDown, "tx_link_down"),
+        (Self::RxFrames, "rx_frames"),
+        (Self::RxFiltered, "rx_filtered"),
+        (Self::RxOversize, "rx_oversize"),
+        (Self::RxNoQueue, "rx_no_queue"),
+    ];
+}
