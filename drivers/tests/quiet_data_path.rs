@@ -293,6 +293,10 @@ fn forward(
             held.clear();
         }
     }
+    while tx.reclaim() != 0 {
+        held.clear();
+        rx.rx_burst(held);
+    }
     held.clear();
 }
 
