@@ -24,8 +24,8 @@ struct Slot<T> {
 /// Where the next id is taken from, and where the next free one goes; both run freely.
 #[derive(Debug, Clone, Copy)]
 struct Turn {
-    first: u32,
-    end: u32,
+    first: usize,
+    end: usize,
 }
 
 /// What is known of a buffer besides its token.
@@ -60,7 +60,7 @@ impl<T> Shadow<T> {
 
     pub(super) fn reset(&mut self, each: impl FnMut(T)) {
         self.slots.iter_mut().filter_map(|slot| slot.token.take()).for_each(each);
-        self.turn = Turn { first: 0, end: self.slots.len() as u32 };
+        self.turn = Turn { first: 0, end: self.slots.len() };
         for (id, free) in self.free_ids.iter_mut().enumerate() {
             *free = id as u16;
         }
@@ -86,10 +86,16 @@ pub(super) struct Lent<'a, T> {
 }
 
 impl<T> Lent<'_, T> {
+    /// How many ids there are.
+    #[inline]
+    pub(super) fn size(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Takes a free id. The caller knows that there is one.
     #[inline]
     pub(super) fn take_id(&mut self) -> u16 {
-        let id = self.free_ids[self.turn.first as usize & (self.free_ids.len() - 1)];
+        let id = self.free_ids[self.turn.first & (self.free_ids.len() - 1)];
         self.turn.first = self.turn.first.wrapping_add(1);
         id
     }
@@ -97,7 +103,7 @@ impl<T> Lent<'_, T> {
     #[inline]
     pub(super) fn free_id(&mut self, id: u16) {
         let mask = self.free_ids.len() - 1;
-        self.free_ids[self.turn.end as usize & mask] = id;
+        self.free_ids[self.turn.end & mask] = id;
         self.turn.end = self.turn.end.wrapping_add(1);
     }
 
@@ -106,9 +112,10 @@ impl<T> Lent<'_, T> {
     pub(super) fn post(&mut self, id: u16, token: T, posted: Posted) {
         let slot = &mut self.slots[usize::from(id)];
         slot.posted = posted;
-        // The id was free, so nothing is replaced; so is what would drop it.
         if slot.token.is_none() {
             slot.token = Some(token);
+        } else {
+            not_free(token);
         }
     }
 
@@ -155,6 +162,12 @@ impl<T> Lent<'_, T> {
         let token = slot.token.take().ok_or(Broken::ID_NOT_POSTED)?;
         Ok(Used { token, written, descriptors })
     }
+}
+
+/// An id that was free has a token. It never has: this is where the compiler may put what it would take to drop it.
+#[cold]
+fn not_free<T>(token: T) {
+    drop(token);
 }
 
 /// A buffer that came back.
