@@ -52,7 +52,11 @@ fn chosen() -> impl Iterator<Item = (&'static str, usize, usize)> {
 type Items = Burst<u64>;
 
 #[inline(never)]
-fn one_core(n: usize, mut push: impl FnMut(&mut Items) -> bool, mut pop: impl FnMut(&mut Items) -> bool) -> f64 {
+fn one_core(
+    n: usize,
+    mut push: impl FnMut(&mut Items) -> bool,
+    mut pop: impl FnMut(&mut Items) -> bool,
+) -> f64 {
     // How many at once is known when it runs only, as in DPDK's test.
     let mut burst = Items::with_capacity(BULK[BULK.len() - 1]);
     burst.extend([7; BULK[BULK.len() - 1]][..n].iter().copied());

@@ -23,7 +23,8 @@ impl<T> Slots<T> {
         const { assert!(align_of::<T>() <= BLOCK, "items are aligned to no more than two cache lines") };
         let slots = capacity.checked_next_power_of_two().expect("a ring that fits into memory");
         let bytes = slots.checked_mul(size_of::<T>()).expect("a ring that fits into memory");
-        let blocks = (0..bytes.div_ceil(BLOCK)).map(|_| UnsafeCell::new(Line(MaybeUninit::uninit()))).collect();
+        let blocks =
+            (0..bytes.div_ceil(BLOCK)).map(|_| UnsafeCell::new(Line(MaybeUninit::uninit()))).collect();
         Self { blocks, mask: slots - 1, _type: PhantomData }
     }
 

@@ -112,7 +112,9 @@ fn compare<T: PartialEq + Debug>(
                 assert_eq!(tx.push_bulk(&mut burst, count), fits);
                 let moved = if fits { count } else { 0 };
                 model.extend((next..next + moved).map(&make));
-                assert!(burst.iter().eq((next + moved..next + count + 2).map(&make).collect::<Vec<_>>().iter()));
+                assert!(
+                    burst.iter().eq((next + moved..next + count + 2).map(&make).collect::<Vec<_>>().iter())
+                );
             }
             Step::PopBulk(count) => {
                 let mut burst = Burst::with_capacity(count);
@@ -153,7 +155,7 @@ proptest! {
         let (mut tx, mut rx) = spsc(capacity);
         compare(capacity, &steps, &mut tx, &mut rx, |n| (n.to_string(), n, [n as u8; 3]));
         let (mut tx, mut rx) = mpmc(capacity);
-        compare(capacity, &steps, &mut tx, &mut rx, |n| Box::new(n));
+        compare(capacity, &steps, &mut tx, &mut rx, Box::new);
     }
 }
 
