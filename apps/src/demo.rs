@@ -1,17 +1,18 @@
-//! `underpass demo`: a few runs of `copy` on a software device, one line each.
+//! `underpass demo`: a few runs of `copy` and one of `forward` on software devices.
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::copy::{self, report};
+use crate::forward;
 use crate::interrupt::Stop;
 use crate::size;
 
-/// Show jobs on a software DSA with two queues, each with a PASID of its own: a few seconds, no privileges
+/// Show jobs on a software DSA, then packets between two software NICs: a few seconds, no privileges
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Print the results as one JSON object: {"demo": [...]}
+    /// Print the results as one JSON object: {"demo": [...], "forward": {...}}
     #[arg(long)]
     json: bool,
 }
@@ -25,17 +26,30 @@ const RUNS: [&[&str]; 5] = [
     &["--op", "crc", "--size", "64KiB"],
 ];
 
-/// What to read from the table, and what to do then; `command` starts this program.
+/// The run of packets, as options of `underpass forward`.
+const PACKETS: &[&str] = &["--mode", "macswap", "--seconds", "2"];
+
+/// What to read from the table of jobs.
+const JOBS_EXPLAINED: &str = "\
+GiB/s are the device's; ratio is its speed relative to memcpy over the same buffers, on the same core.
+";
+
+/// What to read from the tables of packets.
+const PACKETS_EXPLAINED: &str = "\
+Packets came from a generator to one port's receive queue, and went, their addresses swapped, to the other's transmit
+queue: each through the driver, the software device and its IOMMU, without being copied on the way.
+";
+
+/// What to do then; `command` starts this program.
 fn next(command: &str) -> String {
     format!(
         "\
-GiB/s are the device's; ratio is its speed relative to memcpy over the same buffers, on the same core.
-
 What to try next:
   {command} copy --op dif-insert --size 64k --queues 4     another operation on four queues
   {command} copy --input FILE --output COPY                send a file through the device
   {command} copy --device cpu                              the same program without a device
   {command} copy --show-isolation --json                   the same as JSON
+  {command} forward                                        packets alone, and what else can be done to them
 "
     )
 }
@@ -43,6 +57,8 @@ What to try next:
 #[derive(Debug, Serialize)]
 struct Demo {
     demo: Vec<report::Report>,
+    /// `None` if the user asked to stop before.
+    forward: Option<forward::report::Report>,
 }
 
 /// `copy`'s options, to be parsed on their own.
@@ -52,10 +68,17 @@ struct Run {
     args: copy::Args,
 }
 
+/// `forward`'s options, likewise.
+#[derive(Debug, Parser)]
+struct PacketRun {
+    #[command(flatten)]
+    args: forward::Args,
+}
+
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = Stop::install()?;
-    let bar = ProgressBar::new(RUNS.len() as u64);
+    let bar = ProgressBar::new(RUNS.len() as u64 + 1);
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
         bar.set_style(style);
     }
@@ -70,15 +93,29 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         demo.push(copy::measure(&run, &stop, &ProgressBar::hidden())?);
         bar.inc(1);
     }
+    let mut packets = None;
+    if !stop.asked() {
+        bar.set_message("packets");
+        let run = PacketRun::try_parse_from(["forward"].iter().chain(PACKETS))?.args;
+        packets = Some(forward::measure(&run, &stop, false)?);
+    }
     bar.finish_and_clear();
-    let small_pages = demo.iter().map(|report| report.small_pages).max().unwrap_or(0);
+    let of_packets = packets.as_ref().map(|(report, _)| report.small_pages);
+    let small_pages = demo.iter().map(|report| report.small_pages).chain(of_packets).max().unwrap_or(0);
     let judged = demo.iter().try_for_each(copy::judge);
+    let judged = judged.and_then(|()| match &packets {
+        Some((report, failure)) => forward::judge(report, failure.as_ref()),
+        None => Ok(()),
+    });
+    let forward = packets.map(|(report, _)| report);
     if args.json {
-        crate::print(&format!("{}\n", serde_json::to_string(&Demo { demo })?))?;
+        crate::print(&format!("{}\n", serde_json::to_string(&Demo { demo, forward })?))?;
     } else {
         let notes: String = demo.iter().map(report::Report::notes).collect();
-        let next = next(&crate::command_name());
-        crate::print(&format!("{}\n{notes}\n{next}", report::table(&demo)))?;
+        let jobs = format!("{}\n{notes}\n{JOBS_EXPLAINED}", report::table(&demo));
+        let packets =
+            forward.map(|report| format!("{}\n{PACKETS_EXPLAINED}", report.text())).unwrap_or_default();
+        crate::print(&format!("{jobs}\n{packets}\n{}", next(&crate::command_name())))?;
     }
     copy::tell_small_pages(small_pages);
     judged
@@ -93,5 +130,6 @@ mod tests {
         for run in RUNS {
             Run::try_parse_from(["copy"].iter().chain(run)).expect("valid options");
         }
+        PacketRun::try_parse_from(["forward"].iter().chain(PACKETS)).expect("valid options");
     }
 }

@@ -46,8 +46,9 @@ fn examples() -> String {
     format!(
         "\
 Try:
-  {command} demo                                  what it does, on a software device, in a few seconds
+  {command} demo                                  what it does, on software devices, in a few seconds
   {command} copy --op crc --size 1M --queues 2    one job on two queues, each with its own PASID
+  {command} forward --mode macswap --seconds 2    packets between two software NICs
 
 `{command} COMMAND --help` lists a command's options.
 {STATUS}"
@@ -74,7 +75,7 @@ fn typed(program: &str) -> String {
     }
 }
 
-/// Drives accelerators from user space: one kernel-owned address space and one PASID for each queue.
+/// Drives NICs and accelerators from user space, in I/O address spaces that the kernel owns.
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version, disable_help_subcommand = true)]
 struct Cli {
@@ -93,7 +94,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let command = Cli::command().after_help(examples()).mut_subcommands(|known| known.after_help(STATUS));
+    let command = Cli::command().after_help(examples()).mut_subcommands(|known| match known.get_name() {
+        "forward" => known.after_help(STATUS).after_long_help(format!("{}\n{STATUS}", forward::long_help())),
+        _ => known.after_help(STATUS),
+    });
     let parsed = command.clone().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,

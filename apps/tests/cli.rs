@@ -1,25 +1,16 @@
 //! The built command, from outside: results, exit statuses, files and what it leaves behind.
 
+mod command;
+
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-fn underpass(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_underpass")).args(args).output().expect("the command starts")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).expect("UTF-8")
-}
-
-/// The lines on standard error.
-fn errors(output: &Output) -> Vec<String> {
-    text(&output.stderr).lines().map(str::to_owned).collect()
-}
+use self::command::{Scratch, errors, text, underpass};
 
 /// Runs `copy` with `--json`, which must succeed and print one object and nothing else.
 fn copy(args: &[&str]) -> Value {
@@ -28,35 +19,6 @@ fn copy(args: &[&str]) -> Value {
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report.is_object());
     report
-}
-
-/// An empty directory that is gone at the end of the test.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("underpass-cli-{}-{name}", std::process::id()));
-        fs::create_dir_all(&path).expect("a scratch directory");
-        Self(path)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().expect("UTF-8").to_owned()
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.0).expect("the scratch directory");
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8")).collect();
-        names.sort();
-        names
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// CRC32C by definition, bit by bit (RFC 3720, appendix B.4).
@@ -85,7 +47,7 @@ fn the_first_screen_says_what_there_is() {
     let output = underpass(&[]);
     assert_eq!(output.status.code(), Some(0));
     let screen = text(&output.stdout);
-    for word in ["demo", "copy", "Try:", "--help"] {
+    for word in ["demo", "copy", "forward", "Try:", "--help"] {
         assert!(screen.contains(word), "{word} is missing in {screen}");
     }
     assert!(screen.lines().count() < 25, "it is to be short: {screen}");
@@ -147,7 +109,7 @@ fn bad_input_is_one_line_and_the_right_status() {
         assert!(errors[0].starts_with("underpass: ") && errors[0].contains(says), "{args:?}: {errors:?}");
         assert!(output.stdout.is_empty(), "{args:?} printed {:?}", text(&output.stdout));
     }
-    for args in [&["forward"][..], &["copy", "extra"], &["demo", "--size", "1"]] {
+    for args in [&["backward"][..], &["copy", "extra"], &["demo", "--size", "1"]] {
         let output = underpass(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert_eq!(errors(&output).len(), 1, "{args:?}: {:?}", errors(&output));

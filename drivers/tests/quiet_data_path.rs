@@ -1,5 +1,6 @@
-//! Submitting and polling allocate nothing and call the system for nothing, after start. Nor does the software device,
-//! which is watched where its engines run on the thread that polls.
+//! Submitting and polling, receiving and sending allocate nothing and call the system for nothing, after start. A lock
+//! that somebody else holds would be a system call, too. Nor does the software device, which is watched where its
+//! engines run on the thread that polls.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, reason = "a test")]
@@ -16,8 +17,9 @@ use std::time::Duration;
 use underpass::accel::{Accelerator, Channel, Config, Done, Job, Op, Source};
 use underpass::dma::DmaBuf;
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
+use underpass::net::{self, Offloads, RxQueue, TxQueue};
 use underpass::pci::{PciDevice, Run};
-use underpass::{Access, Burst, Region};
+use underpass::{Access, Burst, Packet, Pool, Region, Transport, TxOffload};
 use underpass_drivers::builtin;
 use underpass_drivers::dsa::model::{DsaModel, DsaProfile};
 use underpass_drivers::dsa::{Dsa, WqMode};
@@ -223,6 +225,112 @@ fn the_software_device_is_quiet() {
             quiet_jobs(&format!("{mode:?}, {engines} engines, stepped"), &mut dsa, |dsa| {
                 dsa.device().step();
             });
+        }
+    }
+}
+
+/// Packets there and back, in one segment and in several, plain and with offloads, over a full ring and with pools that
+/// run dry; and packets that are dropped.
+fn forward(
+    rx: &mut dyn RxQueue,
+    tx: &mut dyn TxQueue,
+    [pool, foreign]: [&Pool; 2],
+    offloads: Offloads,
+    rounds: usize,
+    [burst, held, hoard]: [&mut Burst<Packet>; 3],
+) {
+    for round in 0..rounds {
+        let size = 1 + round % 48;
+        pool.alloc_burst(size, burst);
+        for (n, packet) in burst.iter_mut().enumerate() {
+            let len = 60 + (round * 7 + n * 13) % 1400;
+            let Some(bytes) = packet.append(len) else { return };
+            bytes.fill(n as u8);
+            match n % 6 {
+                1 => {
+                    if let Some(mut tail) = pool.alloc() {
+                        let _ = tail.append(40);
+                        packet.chain(tail);
+                    }
+                }
+                // No room for a header before the packet.
+                2 => drop(packet.prepend(packet.headroom())),
+                3 if offloads.contains(Offloads::TX_CHECKSUM) => packet.set_tx_offload(Some(TxOffload {
+                    l2_len: 14,
+                    l3_len: 20,
+                    l4_len: 8,
+                    ipv6: false,
+                    transport: Transport::Udp,
+                    ip_checksum: false,
+                    l4_checksum: true,
+                    segment: 0,
+                })),
+                4 if offloads.contains(Offloads::TX_VLAN) => packet.set_vlan(Some(5)),
+                _ => {}
+            }
+        }
+        // A runt, and one that the port does not map.
+        if round % 10 == 0 {
+            let _ = pool.alloc().map(|packet| burst.push(packet));
+            let _ = foreign.alloc().map(|mut packet| {
+                let _ = packet.append(64);
+                burst.push(packet)
+            });
+        }
+        tx.tx_burst(burst);
+        // What did not fit is dropped in one go.
+        burst.clear();
+        if round % 9 == 0 {
+            // Nothing is left to receive into.
+            pool.alloc_burst(hoard.room(), hoard);
+        }
+        rx.rx_burst(held);
+        hoard.clear();
+        if round % 5 == 0 {
+            tx.reclaim();
+        }
+        if held.is_full() || round % 7 == 0 {
+            held.clear();
+        }
+    }
+    while tx.reclaim() != 0 {
+        held.clear();
+        rx.rx_burst(held);
+    }
+    held.clear();
+}
+
+fn quiet_packets(address: &str, offloads: Offloads) {
+    let mut port = builtin().open_port(address).unwrap();
+    let pool = Pool::builder(192).build().unwrap();
+    let foreign = Pool::builder(16).build().unwrap();
+    let config = net::Config { rx_depth: 64, tx_depth: 32, offloads, ..net::Config::new(&pool) };
+    let mut started = port.start(&config).unwrap();
+    let [mut burst, mut held, mut hoard] = [64, 160, 192].map(Burst::with_capacity);
+    let mut run = |rounds| {
+        let (rx, tx) = (&mut *started.rx[0], &mut *started.tx[0]);
+        forward(rx, tx, [&pool, &foreign], started.offloads, rounds, [&mut burst, &mut held, &mut hoard]);
+    };
+    // The thread's first use of a pool gives it a cache, and a peer's first frames make room for the others.
+    run(2000);
+    let (allocations, call) = watch(|| run(5000));
+    assert_eq!(allocations, 0, "{address}: allocations and deallocations");
+    assert_eq!(call, None, "{address}: a system call");
+    let (rx, tx) = port.counters();
+    let (rx, tx) = (rx[0].values(), tx[0].values());
+    assert!(rx.packets > 10_000 && rx.no_buffers > 0 && rx.dropped() == 0, "{address}: {rx:?}");
+    assert!(tx.runts > 0 && tx.refused > 0 && tx.packets >= rx.packets, "{address}: {tx:?}");
+    drop(started);
+    port.stop().unwrap();
+    assert_eq!((pool.available(), foreign.available()), (pool.capacity(), foreign.capacity()));
+}
+
+#[test]
+fn the_packet_path_and_its_software_device_are_quiet() {
+    let all = Offloads::RX_CHECKSUM | Offloads::TX_CHECKSUM | Offloads::RX_SCATTER | Offloads::TX_VLAN;
+    for ring in ["split", "packed"] {
+        for offloads in [Offloads::NONE, all] {
+            quiet_packets(&format!("soft:virtio-net,ring={ring},queues=2"), offloads);
         }
     }
 }

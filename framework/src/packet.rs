@@ -8,9 +8,12 @@
 //! packet came home. What the metadata say of the bytes (start and length inside the buffer) is changed only here,
 //! checked.
 
+mod offload;
+
 use std::fmt;
 use std::ptr::NonNull;
 
+pub use self::offload::{Checksum, Transport, TxOffload};
 use crate::dma::DmaMemory;
 use crate::dma::sealed::{Span, Spanned};
 use crate::pool::{HEADROOM, Shared};
@@ -74,51 +77,6 @@ mod flag {
     pub(super) const TX_SEGMENT: u16 = 1 << 7;
     pub(super) const TX_UDP: u16 = 1 << 8;
     pub(super) const TX_IPV6: u16 = 1 << 9;
-}
-
-/// What is known of a received packet's checksums (the transport's; the IPv4 header's where the device looks at it).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Checksum {
-    /// The device did not look.
-    #[default]
-    Unknown = 0,
-    /// The device found it right.
-    Good = 1,
-    /// The device found it wrong.
-    Bad = 2,
-    /// The sender left the transport checksum to be computed by hardware, and the packet never passed any: the data are
-    /// right, the field holds the pseudo header's sum only. To send it on, ask for the checksum again.
-    Partial = 3,
-}
-
-/// A transport protocol whose checksum or segmentation can be left to the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
-pub enum Transport {
-    Tcp,
-    Udp,
-}
-
-/// What a packet asks of the device that sends it. The header lengths say where the headers are; nothing is parsed
-/// on the way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TxOffload {
-    /// Bytes before the IP header: 14, 18 with a VLAN tag.
-    pub l2_len: u8,
-    /// Bytes of the IP header, extension headers included.
-    pub l3_len: u16,
-    /// Bytes of the transport header; only segmentation looks at it.
-    pub l4_len: u8,
-    /// Whether the IP header is version 6.
-    pub ipv6: bool,
-    /// The transport protocol.
-    pub transport: Transport,
-    /// Compute the IPv4 header's checksum.
-    pub ip_checksum: bool,
-    /// Compute the transport's checksum; its field holds the pseudo header's sum.
-    pub l4_checksum: bool,
-    /// Cut the payload into segments of at most so many bytes (TSO, USO); 0: leave the packet whole.
-    pub segment: u16,
 }
 
 impl Packet {
@@ -314,13 +272,6 @@ impl Packet {
         self.meta().content.queue
     }
 
-    /// For drivers: says where it was received.
-    #[inline]
-    pub fn set_source(&mut self, port: u16, queue: u16) {
-        let meta = self.meta_mut();
-        (meta.content.port, meta.content.queue) = (port, queue);
-    }
-
     /// The receive-side scaling hash that the device computed.
     #[inline]
     pub fn rss_hash(&self) -> Option<u32> {
@@ -383,6 +334,14 @@ impl Packet {
     pub fn set_checksum(&mut self, checksum: Checksum) {
         let meta = self.meta_mut();
         meta.content.flags = meta.content.flags & !flag::CHECKSUM | (checksum as u16) << flag::CHECKSUM_SHIFT;
+    }
+
+    /// Whether it is one segment, and asks nothing of the device that sends it: no offload, no VLAN tag.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        let meta = self.meta();
+        let asks = flag::VLAN | flag::TX_IP_CHECKSUM | flag::TX_L4_CHECKSUM | flag::TX_SEGMENT;
+        meta.next.is_none() && meta.content.flags & asks == 0
     }
 
     /// What it asks of the device that sends it.

@@ -17,6 +17,7 @@ mod run;
 #[cfg(test)]
 mod test_port;
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ use self::rates::Rates;
 use self::report::{CaptureReport, LaneResult, Report};
 use self::run::{Phase, Run};
 use crate::Usage;
+use crate::copy;
 use crate::interrupt::Stop;
 
 /// How long a run without `--port` takes, unless told otherwise.
@@ -51,32 +53,64 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json {
         crate::print(&format!("{}\n", serde_json::to_string(&report)?))?;
     } else {
-        let next = if args.ports.is_empty() { next(&crate::command_name()) } else { String::new() };
+        let next =
+            if args.ports.is_empty() { next(args.mode, &crate::command_name()) } else { String::new() };
         crate::print(&format!("{}{next}", report.text()))?;
     }
-    judge(&report, failure)
+    copy::tell_small_pages(report.small_pages);
+    judge(&report, failure.as_ref())
 }
 
-/// What to do after the first run; `command` starts this program.
-fn next(command: &str) -> String {
+/// What stands below the options in the long help: what a software port's address can say.
+pub(crate) fn long_help() -> String {
+    let registry = underpass_drivers::builtin();
+    let mut help = String::new();
+    for scheme in registry.known().filter(|scheme| scheme.name == ports::SOFTWARE) {
+        let _ = writeln!(help, "Options of {}, {}:", scheme.name, scheme.what);
+        for option in scheme.options {
+            let _ = writeln!(help, "  {}={}\n          {}", option.name, option.values, option.what);
+        }
+    }
+    help
+}
+
+/// What a run without `--port` was, and what to do next; `command` starts this program.
+fn next(mode: Mode, command: &str) -> String {
+    let what = match mode {
+        Mode::Txonly => {
+            "Each port is a software virtio-net, and what it sends is thrown away at its other end."
+        }
+        Mode::Flowgen => {
+            "Each port is a software virtio-net, and what it sends comes back from its other end."
+        }
+        Mode::Rxonly => "Each port is a software virtio-net with a packet generator at its other end.",
+        Mode::Icmpecho => {
+            "Each port is a software virtio-net with a packet generator at its other end, which asks nothing."
+        }
+        Mode::Io | Mode::Mac | Mode::Macswap => {
+            "Each port is a software virtio-net with a packet generator at its other end; what one receives the other sends."
+        }
+    };
     format!(
         "
-Each port is a software virtio-net with a packet generator at its other end; what one receives the other sends.
+{what}
 
 What to try next:
-  {command} forward --mode macswap --queues 2 --cores 0,1        two queues a port, on two cores
-  {command} forward --seconds 1 --pcap FILE                      a copy of the packets, for tcpdump -r FILE
-  {command} forward --port soft:virtio-net,peer=pcap:IN:OUT --mode macswap --idle 1
-                                                                 a capture in, a capture out
-  {command} forward --help                                       all modes and options
-"
+  {command} forward --mode macswap --queues 2 --cores 0,1    two queues a port, on two cores
+  {command} forward --seconds 1 --pcap FILE                  a copy of the packets, for tcpdump -r FILE
+  {command} forward --mode macswap --port soft:virtio-net,peer=pcap:IN:OUT --idle 1
+{:width$}                                             a capture in, a capture out
+  {command} forward --help                                   all modes, options and peers
+",
+        "",
+        width = command.len() + 15,
     )
 }
 
 /// Whether a run that came to its end also went well.
-pub(crate) fn judge(report: &Report, failure: Option<Error>) -> anyhow::Result<()> {
+pub(crate) fn judge(report: &Report, failure: Option<&Error>) -> anyhow::Result<()> {
     if let Some(error) = failure {
-        return Err(error.into());
+        return Err(error.clone().into());
     }
     if report.unexplained != 0 {
         bail!(
@@ -156,6 +190,7 @@ fn forward(
 
     let results: Vec<_> = places.iter().map(|(place, counts)| place.result(&counts.tally())).collect();
     let mut report = Report::new(args.mode, args.burst, run.time().as_secs_f64(), &ports.ports, &results);
+    report.small_pages = ports.pools.iter().map(|pool| copy::small_pages(pool.region())).sum();
     report.capture = args.pcap.as_ref().zip(captured).map(|(path, captured)| CaptureReport {
         file: path.display().to_string(),
         packets: captured.packets,

@@ -17,6 +17,9 @@ const MTU: u16 = 1500;
 /// Room for a frame in a buffer, at least.
 const MIN_ROOM: usize = 2048;
 
+/// The software port, which is there on any machine.
+pub(super) const SOFTWARE: &str = "soft:virtio-net";
+
 /// Ports that were started, with the memory of their packets.
 #[derive(Debug)]
 pub(super) struct Ports {
@@ -33,7 +36,8 @@ pub(super) fn usual(args: &Args) -> Vec<String> {
         Mode::Flowgen => "loop".to_owned(),
         _ => format!("generator,size={packet_size},flows={flows}"),
     };
-    vec![format!("soft:virtio-net,run=inline,queues={queues},peer={peer}"); 2]
+    let mtu = args.mtu.map(|mtu| format!(",mtu={mtu}")).unwrap_or_default();
+    vec![format!("{SOFTWARE},queues={queues}{mtu},peer={peer}"); 2]
 }
 
 /// Opens the ports at these addresses.

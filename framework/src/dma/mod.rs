@@ -20,7 +20,7 @@ use std::sync::Arc;
 use underpass_iommu::{Error, ErrorKind, Region, Result};
 
 pub use self::records::Records;
-pub use self::space::DmaSpace;
+pub use self::space::{DmaSpace, View};
 
 /// Memory of a region that has one owner, and so can be handed to a device: a [`DmaBuf`], or the bytes of a
 /// [`Packet`](crate::Packet)'s first segment.

@@ -78,6 +78,60 @@ impl DmaSpace {
     /// The memory's address for the device, or `None` if its region is not mapped here.
     #[inline]
     pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
+        self.view().iova(memory)
+    }
+
+    /// [`iova`](Self::iova) for memory that goes to the device now: registers the lease where those are checked.
+    /// Each is matched by one [`take_back`](Self::take_back).
+    #[inline]
+    pub fn hand_out(&self, memory: &impl DmaMemory, access: Access) -> Option<Iova> {
+        self.view().hand_out(memory, access)
+    }
+
+    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
+    /// compute an address.
+    #[inline]
+    pub fn checks_leases(&self) -> bool {
+        self.leases.is_some()
+    }
+
+    /// The memory came back from the device; it is as long as when it was handed out. Where leases are checked, returns
+    /// once no DMA under it is in flight.
+    #[inline]
+    pub fn take_back(&self, memory: &impl DmaMemory, access: Access) {
+        self.view().take_back(memory, access);
+    }
+
+    /// The same for a burst: what it looks up stays in registers.
+    #[inline]
+    pub fn view(&self) -> View<'_> {
+        View { bases: &self.bases, identity: self.identity, leases: self.leases.as_deref() }
+    }
+
+    /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
+    /// allocated for the rest of the process.
+    pub fn leak(self) {
+        tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
+        #[allow(
+            clippy::mem_forget,
+            reason = "the memory must outlive the device's last write, which has no time"
+        )]
+        std::mem::forget(self);
+    }
+}
+
+/// A [`DmaSpace`] during a burst, with its methods.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    bases: &'a [u64],
+    identity: bool,
+    leases: Option<&'a dyn Leases>,
+}
+
+impl View<'_> {
+    /// [`DmaSpace::iova`].
+    #[inline]
+    pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
         self.translate(memory.span())
     }
 
@@ -90,45 +144,26 @@ impl DmaSpace {
         }
     }
 
-    /// [`iova`](Self::iova) for memory that goes to the device now: registers the lease where those are checked.
-    /// Each is matched by one [`take_back`](Self::take_back).
+    /// [`DmaSpace::hand_out`].
     #[inline]
     pub fn hand_out(&self, memory: &impl DmaMemory, access: Access) -> Option<Iova> {
         let span = memory.span();
         let iova = self.translate(span)?;
-        if let Some(leases) = &self.leases {
+        if let Some(leases) = self.leases {
             leases.grant(iova, span.len, access);
         }
         Some(iova)
     }
 
-    /// Whether leases are checked, so that [`hand_out`](Self::hand_out) and [`take_back`](Self::take_back) do more than
-    /// compute an address.
-    #[inline]
-    pub fn checks_leases(&self) -> bool {
-        self.leases.is_some()
-    }
-
-    /// The memory came back from the device; it is as long as when it was handed out. Where leases are checked, returns once no DMA under it is in flight.
+    /// [`DmaSpace::take_back`].
     #[inline]
     pub fn take_back(&self, memory: &impl DmaMemory, access: Access) {
-        let span = memory.span();
-        if let Some(leases) = &self.leases
-            && let Some(iova) = self.translate(span)
-        {
-            leases.take_back(iova, span.len, access);
+        if let Some(leases) = self.leases {
+            let span = memory.span();
+            if let Some(iova) = self.translate(span) {
+                leases.take_back(iova, span.len, access);
+            }
         }
-    }
-
-    /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
-    /// allocated for the rest of the process.
-    pub fn leak(self) {
-        tracing::error!("a device did not stop: {} mapped regions are leaked", self.mappings.len());
-        #[allow(
-            clippy::mem_forget,
-            reason = "the memory must outlive the device's last write, which has no time"
-        )]
-        std::mem::forget(self);
     }
 }
 

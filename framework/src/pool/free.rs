@@ -59,7 +59,7 @@ impl<T: Copy + Send> FreeList<T> {
     #[inline]
     pub(super) unsafe fn put(&self, slot: usize, items: &[T]) {
         let Some(cache) = self.caches.get(slot) else { return self.share(items) };
-        let len = cache.len.load(Ordering::Relaxed);
+        let len = cache.len();
         let put = |cached: &mut [MaybeUninit<T>]| match cached.get_mut(len..len + items.len()) {
             Some(free) => {
                 free.copy_from_slice(maybe_uninit(items));
@@ -83,7 +83,7 @@ impl<T: Copy + Send> FreeList<T> {
     /// The calling thread holds the cache's slot.
     #[cold]
     unsafe fn spill(&self, cache: &Cache<T>, items: &[T]) {
-        let len = cache.len.load(Ordering::Relaxed);
+        let len = cache.len();
         let spill = |cached: &mut [MaybeUninit<T>]| {
             let half = cached.len() / 2;
             let Some(kept) = half.checked_sub(items.len()) else { return false };
@@ -122,7 +122,7 @@ impl<T: Copy + Send> FreeList<T> {
     #[inline]
     pub(super) unsafe fn get(&self, slot: usize, out: &mut [MaybeUninit<T>]) -> usize {
         let Some(cache) = self.caches.get(slot) else { return self.unshare(out) };
-        let len = cache.len.load(Ordering::Relaxed);
+        let len = cache.len();
         if let Some(left) = len.checked_sub(out.len()) {
             // SAFETY: the caller holds the slot.
             unsafe { cache.with(|cached| out.copy_from_slice(&cached[left..len])) };
@@ -140,7 +140,7 @@ impl<T: Copy + Send> FreeList<T> {
     /// The calling thread holds the cache's slot.
     #[cold]
     unsafe fn refill(&self, cache: &Cache<T>, out: &mut [MaybeUninit<T>]) -> usize {
-        let len = cache.len.load(Ordering::Relaxed);
+        let len = cache.len();
         let refill = |cached: &mut [MaybeUninit<T>]| {
             let (first, rest) = out.split_at_mut(len);
             first.copy_from_slice(&cached[..len]);
@@ -171,7 +171,7 @@ impl<T: Copy + Send> FreeList<T> {
     /// The calling thread holds `slot`.
     pub(super) unsafe fn flush(&self, slot: usize) {
         let Some(cache) = self.caches.get(slot) else { return };
-        let len = cache.len.load(Ordering::Relaxed);
+        let len = cache.len();
         cache.len.store(0, Ordering::Relaxed);
         // SAFETY: the first `len` are initialised.
         let flush = |cached: &mut [MaybeUninit<T>]| self.share(unsafe { initialised(&cached[..len]) });
@@ -197,6 +197,18 @@ impl<T: Copy + Send> FreeList<T> {
 }
 
 impl<T> Cache<T> {
+    /// The length, for the slot's holder.
+    #[inline]
+    fn len(&self) -> usize {
+        #[cfg(not(loom))]
+        return self.len.load(Ordering::Relaxed);
+        // loom only knows a word's last access. If that is the writer's own, it leaves out what others could have read
+        // before the store that follows.
+        #[cfg(loom)]
+        // SAFETY: this thread alone stores it.
+        return unsafe { self.len.unsync_load() };
+    }
+
     /// # Safety
     /// The calling thread holds the cache's slot.
     #[inline]
@@ -232,5 +244,153 @@ impl<T> UnsafeCell<T> {
     #[inline]
     fn with_mut<R>(&self, body: impl FnOnce(*mut T) -> R) -> R {
         body(self.0.get())
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use loom::cell::UnsafeCell;
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+
+    use super::*;
+
+    /// A thread without a slot.
+    const NONE: usize = usize::MAX;
+
+    /// Items and what they stand for, which only whoever has taken an item may use.
+    struct Pool {
+        free: FreeList<usize>,
+        buffers: Vec<UnsafeCell<()>>,
+    }
+
+    impl Pool {
+        /// All items are home, in the ring.
+        fn new(count: usize, cached: usize) -> Arc<Self> {
+            let buffers = (0..count).map(|_| UnsafeCell::new(())).collect();
+            let pool = Self { free: FreeList::new(count, 2, cached), buffers };
+            // SAFETY: of no cache, and there is room for as many.
+            unsafe { pool.free.put(NONE, &(0..count).collect::<Vec<_>>()) };
+            Arc::new(pool)
+        }
+
+        fn get(&self, slot: usize, count: usize) -> Vec<usize> {
+            let mut out = vec![MaybeUninit::uninit(); count];
+            // SAFETY: each test lets one thread at a time use a slot.
+            let got = unsafe { self.free.get(slot, &mut out) };
+            // SAFETY: the first `got` were written.
+            let items = unsafe { initialised(&out[..got]) }.to_vec();
+            items.iter().for_each(|item| self.buffers[*item].with_mut(|_| ()));
+            items
+        }
+
+        fn put(&self, slot: usize, items: &[usize]) {
+            items.iter().for_each(|item| self.buffers[*item].with_mut(|_| ()));
+            // SAFETY: as in `get`; and they were taken.
+            unsafe { self.free.put(slot, items) };
+        }
+
+        /// What the drop of the last handle does. True if the memory is given back.
+        fn close(&self) -> bool {
+            let home = self.free.home();
+            assert!(home <= self.buffers.len(), "a buffer counts twice");
+            if home < self.buffers.len() {
+                return false;
+            }
+            // Nobody is at work in it.
+            self.buffers.iter().for_each(|buffer| buffer.with_mut(|_| ()));
+            self.free.caches.iter().for_each(|cache| cache.items.with_mut(|_| ()));
+            true
+        }
+    }
+
+    /// Threads with and without a slot take and put. No item is with two of them, and none is lost.
+    #[test]
+    fn loom_threads_with_and_without_a_slot_never_share_an_item() {
+        for cached in [1, 2] {
+            loom::model(move || {
+                let pool = Pool::new(2, cached);
+                let other = {
+                    let pool = pool.clone();
+                    thread::spawn(move || {
+                        let items = pool.get(0, 1);
+                        pool.put(0, &items);
+                        // SAFETY: this thread holds the slot.
+                        unsafe { pool.free.flush(0) };
+                    })
+                };
+                let items = pool.get(NONE, 1);
+                pool.put(NONE, &items);
+                other.join().unwrap();
+                assert!(pool.close());
+            });
+        }
+    }
+
+    /// A slot goes from one thread to another, with what is in its cache.
+    #[test]
+    fn loom_a_slot_is_handed_over_with_its_cache() {
+        loom::model(|| {
+            let pool = Pool::new(2, 2);
+            let held = Arc::new(Mutex::new(()));
+            let use_slot = |pool: Arc<Pool>, held: Arc<Mutex<()>>| {
+                let slot = held.lock().unwrap();
+                let items = pool.get(0, 2);
+                assert_eq!(items.len(), 2, "nobody else takes any");
+                pool.put(0, &items);
+                drop(slot);
+            };
+            let other = {
+                let (pool, held) = (pool.clone(), held.clone());
+                thread::spawn(move || use_slot(pool, held))
+            };
+            use_slot(pool.clone(), held);
+            other.join().unwrap();
+            assert!(pool.close());
+        });
+    }
+
+    /// All buffers are put back, by these slots, while the last handle is dropped: if all are found home, nobody touches
+    /// the memory any more.
+    fn close_while_put_back(cached: usize, threads: &'static [&'static [usize]]) {
+        let mut model = loom::model::Builder::new();
+        // More take minutes with three threads, and have found nothing else.
+        model.preemption_bound = Some(3);
+        model.check(move || {
+            let pool = Pool::new(threads.concat().len(), cached);
+            let mut items = pool.get(NONE, pool.buffers.len()).into_iter();
+            let put_back = |slots: &'static [usize]| {
+                let (pool, items) = (pool.clone(), items.by_ref().take(slots.len()).collect::<Vec<_>>());
+                thread::spawn(move || {
+                    slots.iter().zip(items).for_each(|(slot, item)| pool.put(*slot, &[item]))
+                })
+            };
+            let threads: Vec<_> = threads.iter().copied().map(put_back).collect();
+            // Behind the others, so that loom compares its loads with their stores.
+            let last = {
+                let pool = pool.clone();
+                thread::spawn(move || pool.close())
+            };
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            assert!(last.join().unwrap() || pool.close());
+        });
+    }
+
+    #[test]
+    fn loom_the_last_handle_finds_all_in_caches_or_leaves_the_memory() {
+        close_while_put_back(1, &[&[0], &[1]]);
+        close_while_put_back(2, &[&[0, 0]]);
+    }
+
+    #[test]
+    fn loom_the_last_handle_finds_all_in_the_ring_or_leaves_the_memory() {
+        close_while_put_back(1, &[&[NONE], &[NONE]]);
+        close_while_put_back(1, &[&[0], &[NONE]]);
+    }
+
+    /// The third goes to a full cache, which spills the two others to the ring.
+    #[test]
+    fn loom_the_last_handle_counts_nothing_twice_that_is_spilled() {
+        close_while_put_back(2, &[&[0, 0, 0]]);
     }
 }

@@ -119,10 +119,11 @@ impl Amount {
         self.most as usize
     }
 
-    /// How many of `free` it takes.
+    /// How many of `free` it takes. An empty run is none: among several threads, who publishes nothing would take the
+    /// tail back to where another has gone on from.
     fn of(self, free: u64) -> Result<u64, Refused> {
         let count = self.most.min(free);
-        if count >= self.least { Ok(count) } else { Err(Refused::TooFew) }
+        if count >= self.least.max(1) { Ok(count) } else { Err(Refused::TooFew) }
     }
 }
 

@@ -99,7 +99,7 @@ fn loom_mpmc_two_producers() {
 #[test]
 fn loom_mpmc_two_consumers() {
     model(Some(3), || {
-        let (tx, rx) = mpmc(2);
+        let (tx, rx) = mpmc::<Item>(2);
         let consumers = [(); 2].map(|()| {
             let rx = rx.clone();
             thread::spawn(move || rx.pop().map(|item| *item))
@@ -120,7 +120,7 @@ fn loom_mpmc_two_consumers() {
 #[test]
 fn loom_mpmc_goes_round() {
     model(Some(3), || {
-        let (tx, rx) = mpmc(2);
+        let (tx, rx) = mpmc::<Item>(2);
         let producer = thread::spawn(move || {
             for n in 0..4 {
                 let mut next = item(n);

@@ -3,6 +3,7 @@
 //! [`spsc`] makes a ring with one thread at each end, [`mpmc`] one whose ends any number of threads share. Values move one
 //! at a time, in *bulk* (all or none) or in *bursts* (as many as fit, or as there are), the latter two from and to a
 //! [`Burst`] as one piece of memory. What does not fit stays the caller's. No operation allocates or waits for a lock.
+//! [`SharedRing`] is the same in memory that devices and other processes reach.
 //!
 //! ```
 //! use underpass::{Burst, ring};
@@ -25,10 +26,12 @@
 //! Several threads use one array of slots at the same time, through a shared reference, and move items in and out as memory.
 //! The invariant: a slot is only touched by the thread that reserved it, between `reserve` and `publish` (module `index`);
 //! and it holds an item exactly when it is between the consumers' and the producers' positions. loom checks both for every
-//! order in which threads can run.
+//! order in which threads can run. In memory that others write too (module `shared`) there is no such invariant: there, items
+//! are plain data, and all of it is reached as atomic words alone.
 
 mod heap;
 mod index;
+mod shared;
 #[cfg(not(loom))]
 mod slots;
 #[cfg(loom)]
@@ -43,6 +46,7 @@ use std::sync::Arc;
 
 use self::heap::Heap;
 use self::index::{Amount, Mode, Multi, Single};
+pub use self::shared::{Plain, SharedConsumer, SharedProducer, SharedRing};
 use crate::Burst;
 
 /// A ring for one producer and one consumer, with room for `capacity` items.
@@ -360,7 +364,7 @@ impl<T> Clone for MpConsumer<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests;
 
 #[cfg(all(test, loom))]

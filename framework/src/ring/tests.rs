@@ -155,7 +155,7 @@ proptest! {
         let (mut tx, mut rx) = spsc(capacity);
         compare(capacity, &steps, &mut tx, &mut rx, |n| (n.to_string(), n, [n as u8; 3]));
         let (mut tx, mut rx) = mpmc(capacity);
-        compare(capacity, &steps, &mut tx, &mut rx, |n| Box::new(n));
+        compare(capacity, &steps, &mut tx, &mut rx, Box::new);
     }
 }
 

@@ -38,6 +38,8 @@ pub(super) const ADDRESSES: usize = 12;
 pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
     queue: Q,
     frames: Frames,
+    /// A buffer is a packet: there is nothing to look up in its header.
+    is_plain: bool,
     /// Free entries at which it is filled up.
     refill_at: u16,
     /// Free entries for which the pool had nothing when last asked.
@@ -51,16 +53,30 @@ pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
     interrupt: Option<Interrupt>,
 }
 
-/// Makes packets of used buffers.
-struct Frames {
-    space: Arc<DmaSpace>,
+/// What makes a frame of a used buffer.
+#[derive(Clone, Copy)]
+struct Rules {
     header_len: u32,
     /// The longest frame.
-    max: usize,
+    max: u32,
     port: u16,
     queue: u16,
+}
+
+/// Why a buffer is no packet.
+#[derive(Clone, Copy)]
+enum Wrong {
+    Length,
+    Runt,
+    Oversize,
+}
+
+/// Makes packets of used buffers, whatever was negotiated.
+struct Frames {
+    rules: Rules,
     /// With `RX_SCATTER` a packet may fill several buffers (`MRG_RXBUF`).
     offloads: Offloads,
+    space: Arc<DmaSpace>,
     /// The buffers so far of one that does, and how many are missing.
     parts: Burst<Packet>,
     missing: usize,
@@ -84,18 +100,25 @@ pub(super) struct RxParts {
 
 impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
     pub(super) fn new(queue: Q, parts: RxParts) -> Self {
-        let scatter = parts.offloads.contains(Offloads::RX_SCATTER);
-        let frames = Frames {
-            space: parts.space,
+        let offloads = parts.offloads;
+        let rules = Rules {
             header_len: parts.header_len as u32,
-            max: parts.max_frame,
+            max: parts.max_frame as u32,
             port: parts.port,
             queue: parts.index,
-            offloads: parts.offloads,
+        };
+        let scatter = offloads.contains(Offloads::RX_SCATTER);
+        let frames = Frames {
+            rules,
+            offloads,
+            space: parts.space,
             parts: Burst::with_capacity(if scatter { queue.size().into() } else { 0 }),
             missing: 0,
         };
+        let needs_header =
+            Offloads::RX_CHECKSUM | Offloads::RX_SCATTER | Offloads::RSS_HASH | Offloads::RX_VLAN;
         Self {
+            is_plain: (offloads & needs_header).is_empty() && !frames.space.checks_leases(),
             refill_at: REFILL.min(queue.size() / 4).max(1),
             short: 0,
             fresh: Burst::with_capacity(FRESH),
@@ -112,31 +135,57 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
 
     #[inline]
     fn burst(&mut self, burst: &mut Burst<Packet>) -> usize {
-        self.device.lend(self.frames.queue.into());
+        self.device.lend(self.frames.rules.queue.into());
         if !self.status.is_running() {
             return 0;
         }
-        let (before, mut sum) = (burst.len(), Values::default());
-        let frames = &mut self.frames;
-        let mut lie = None;
-        let taken = self.queue.take_burst(burst.room(), |packet, written| {
-            match frames.receive(packet, written, &mut sum) {
-                // take_burst gives at most as many buffers as there is room for packets.
-                Ok(Some(packet)) => _ = burst.push(packet),
-                Ok(None) => {}
-                Err(why) => lie = Some(why),
-            }
-        });
-        if let Some(why) = lie.or_else(|| taken.err().map(|broken| broken.why)) {
-            sum.errors += 1;
+        let before = burst.len();
+        let (bytes, broken) = if self.is_plain { self.take_plain(burst) } else { self.take_any(burst) };
+        if let Some(why) = broken {
+            self.counters.add(Values { errors: 1, ..Values::default() });
             self.status.break_down(why);
         } else if self.queue.free() >= self.refill_at {
             self.refill();
         }
         let received = burst.len() - before;
-        sum.packets = received as u64;
-        self.counters.add(sum);
+        self.counters.add(Values { packets: received as u64, bytes, ..Values::default() });
         received
+    }
+
+    /// Appends to `burst` what was received. Returns its bytes, and what the device did wrong, if anything.
+    #[inline]
+    fn take_plain(&mut self, burst: &mut Burst<Packet>) -> (u64, Option<&'static str>) {
+        let (rules, counters, mut bytes) = (self.frames.rules, &*self.counters, 0);
+        let taken = self.queue.take_burst(burst.room(), |mut packet, written| {
+            match rules.frame(&mut packet, written) {
+                Ok(len) => {
+                    bytes += u64::from(len);
+                    // There are at most as many buffers as there is room for packets.
+                    let _ = burst.push(packet).map_err(discard);
+                }
+                Err(wrong) => {
+                    wrong.count(counters);
+                    discard(packet);
+                }
+            }
+        });
+        (bytes, taken.err().map(|broken| broken.why))
+    }
+
+    /// Likewise, with all that there may be in a header.
+    fn take_any(&mut self, burst: &mut Burst<Packet>) -> (u64, Option<&'static str>) {
+        let (frames, counters, mut bytes, mut lie) = (&mut self.frames, &*self.counters, 0, None);
+        let taken = self.queue.take_burst(burst.room(), |packet, written| {
+            match frames.receive(packet, written, counters) {
+                Ok(Some(packet)) => {
+                    bytes += packet.len() as u64;
+                    let _ = burst.push(packet);
+                }
+                Ok(None) => {}
+                Err(why) => lie = Some(why),
+            }
+        });
+        (bytes, lie.or_else(|| taken.err().map(|broken| broken.why)))
     }
 
     /// Posts empty buffers on all entries that are free.
@@ -149,13 +198,20 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
                 break;
             }
             left -= count;
-            for mut packet in self.fresh.drain_all() {
-                // The header goes before the place of the packet's bytes, which so keeps its alignment.
-                packet.post(HEADROOM - self.frames.header_len);
-                let Some(iova) = self.frames.space.hand_out(&packet, Access::WRITE) else { continue };
-                let buffer = Buffer::writable(iova, packet.data().len() as u32);
-                posted |= self.queue.add(packet, &[buffer]).is_ok();
-            }
+            let (space, header_len) = (self.frames.space.view(), self.frames.rules.header_len);
+            let mut fresh = self.fresh.drain_all();
+            posted |= 0
+                != self.queue.add_burst(count, || {
+                    let mut packet = fresh.next()?;
+                    // The header goes before the place of the packet's bytes, which so keeps its alignment.
+                    packet.post(HEADROOM - header_len);
+                    let Some(iova) = space.hand_out(&packet, Access::WRITE) else {
+                        discard(packet);
+                        return None;
+                    };
+                    let buffer = Buffer::writable(iova, packet.data().len() as u32);
+                    Some((packet, buffer))
+                });
         }
         // Each entry counts once, however often its buffer is asked for.
         let short = left as u16;
@@ -191,7 +247,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             };
             // Emptied before looking: whatever is used after the look signals it again.
             interrupt.drain();
-            let is_lent = self.device.lend(self.frames.queue.into());
+            let is_lent = self.device.lend(self.frames.rules.queue.into());
             if self.queue.enable_notifications() || !self.status.is_running() {
                 break;
             }
@@ -207,33 +263,69 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
     }
 }
 
-impl Frames {
-    /// A packet that is complete with this buffer, into which the device says that it has written so many bytes; at most
-    /// as many as the buffer has. What is no packet is counted. An error is a lie after which nothing can be told apart.
+impl Rules {
+    /// Makes the packet the frame that the device says to have written. Returns the frame's length.
     #[inline]
+    fn frame(self, packet: &mut Packet, written: u32) -> Result<u32, Wrong> {
+        if !packet.received(self.header_len, written, self.port, self.queue) {
+            return Err(Wrong::Length);
+        }
+        let len = written - self.header_len;
+        self.check(len).map(|()| len)
+    }
+
+    #[inline]
+    fn check(self, len: u32) -> Result<(), Wrong> {
+        if len < MIN_FRAME as u32 {
+            return Err(Wrong::Runt);
+        }
+        if len > self.max { Err(Wrong::Oversize) } else { Ok(()) }
+    }
+}
+
+impl Wrong {
+    #[cold]
+    fn count(self, counters: &Counters) {
+        let none = Values::default();
+        counters.add(match self {
+            Self::Length => Values { errors: 1, ..none },
+            Self::Runt => Values { runts: 1, ..none },
+            Self::Oversize => Values { oversize: 1, ..none },
+        });
+    }
+}
+
+impl Frames {
+    /// A packet that is complete with this buffer, into which the device says to have written so many bytes. What is no
+    /// packet is counted. An error is a lie after which nothing can be told apart.
     fn receive(
         &mut self,
         mut packet: Packet,
         written: u32,
-        sum: &mut Values,
+        counters: &Counters,
     ) -> Result<Option<Packet>, &'static str> {
+        let has = |offload| self.offloads.contains(offload);
+        let Rules { header_len, port, queue, .. } = self.rules;
         self.space.take_back(&packet, Access::WRITE);
         if self.missing != 0 {
-            return Ok(self.add_part(packet, written, sum));
+            if !packet.received(0, written, port, queue) {
+                Wrong::Length.count(counters);
+            }
+            return Ok(self.add_part(packet, counters));
         }
         // Copied out, once. There was room for it.
         let (header, hash) = match HashHeader::read_from_prefix(packet.data()) {
-            Ok((HashHeader { header, .. }, _)) if !self.offloads.contains(Offloads::RSS_HASH) => {
-                (header, None)
+            Ok((hash, _)) if has(Offloads::RSS_HASH) => {
+                (hash.header, (hash.hash_report != hash_report::NONE).then(|| hash.hash()))
             }
-            Ok((hash, _)) => (hash.header, (hash.hash_report != hash_report::NONE).then(|| hash.hash())),
+            Ok((HashHeader { header, .. }, _)) => (header, None),
             Err(_) => return Err("a buffer has no room for a header"),
         };
-        if !packet.received(self.header_len, written, self.port, self.queue) {
-            sum.errors += 1;
+        if !packet.received(header_len, written, port, queue) {
+            Wrong::Length.count(counters);
             return Ok(None);
         }
-        if self.offloads.contains(Offloads::RX_CHECKSUM) {
+        if has(Offloads::RX_CHECKSUM) {
             if header.flags & header_flag::NEEDS_CSUM != 0 {
                 packet.set_checksum(Checksum::Partial);
             } else if header.flags & header_flag::DATA_VALID != 0 {
@@ -243,39 +335,27 @@ impl Frames {
         if let Some(hash) = hash {
             packet.set_rss_hash(hash);
         }
-        if self.offloads.contains(Offloads::RX_SCATTER) && header.num_buffers != 1 {
-            return self.begin(packet, header.num_buffers.into(), sum);
+        match usize::from(header.num_buffers) {
+            1 => Ok(self.finish(packet, written - header_len, counters)),
+            _ if !has(Offloads::RX_SCATTER) => Ok(self.finish(packet, written - header_len, counters)),
+            0 => {
+                Wrong::Length.count(counters);
+                Ok(None)
+            }
+            buffers if buffers > self.parts.capacity() => {
+                Err("a received packet has more buffers than the queue")
+            }
+            buffers => {
+                self.missing = buffers - 1;
+                let _ = self.parts.push(packet);
+                Ok(None)
+            }
         }
-        let len = packet.data().len();
-        Ok(self.finish(packet, len, sum))
     }
 
-    /// The first buffer of several.
-    #[cold]
-    fn begin(
-        &mut self,
-        packet: Packet,
-        buffers: usize,
-        sum: &mut Values,
-    ) -> Result<Option<Packet>, &'static str> {
-        if buffers == 0 {
-            sum.errors += 1;
-            return Ok(None);
-        }
-        if buffers > self.parts.capacity() {
-            return Err("a received packet has more buffers than the queue");
-        }
-        self.missing = buffers - 1;
-        let _ = self.parts.push(packet);
-        Ok(None)
-    }
-
-    /// One more buffer; the packet if it was the last.
-    fn add_part(&mut self, mut packet: Packet, written: u32, sum: &mut Values) -> Option<Packet> {
+    /// One more buffer of a packet that has several; the packet if it was the last.
+    fn add_part(&mut self, packet: Packet, counters: &Counters) -> Option<Packet> {
         self.missing -= 1;
-        if !packet.received(0, written, self.port, self.queue) {
-            sum.errors += 1;
-        }
         let _ = self.parts.push(packet);
         if self.missing != 0 {
             return None;
@@ -288,21 +368,15 @@ impl Frames {
             before.chain(packet);
             packet = before;
         }
-        self.finish(packet, len, sum)
+        self.finish(packet, len as u32, counters)
     }
 
     /// A frame of `len` bytes: as the application gets it, unless it is too short or too long.
-    #[inline]
-    fn finish(&self, mut packet: Packet, len: usize, sum: &mut Values) -> Option<Packet> {
-        if len < MIN_FRAME {
-            sum.runts += 1;
+    fn finish(&self, mut packet: Packet, len: u32, counters: &Counters) -> Option<Packet> {
+        if let Err(wrong) = self.rules.check(len) {
+            wrong.count(counters);
             return None;
         }
-        if len > self.max {
-            sum.oversize += 1;
-            return None;
-        }
-        sum.bytes += len as u64;
         if self.offloads.contains(Offloads::RX_VLAN) {
             strip_vlan(&mut packet);
         }
@@ -316,6 +390,12 @@ impl<Q: Virtqueue<Token = Packet> + Send> Ring for RxRing<Q> {
         self.queue.reset(|packet| space.take_back(&packet, Access::WRITE));
         self.frames.parts.clear();
     }
+}
+
+/// Drops a packet, out of line: what seldom happens is not to fill the loops of bursts.
+#[cold]
+pub(super) fn discard(packet: Packet) {
+    drop(packet);
 }
 
 /// Takes a VLAN tag out of the frame, if it has one.
@@ -341,7 +421,7 @@ impl<Q: Virtqueue<Token = Packet> + Send + 'static> RxQueue for Lease<RxRing<Q>>
     }
 
     fn index(&self) -> u16 {
-        self.ring().map_or(0, |ring| ring.frames.queue)
+        self.ring().map_or(0, |ring| ring.frames.rules.queue)
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<()> {
@@ -353,7 +433,7 @@ impl<Q: Virtqueue<Token = Packet>> fmt::Debug for RxRing<Q> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RxRing")
             .field("device", &self.device)
-            .field("index", &self.frames.queue)
+            .field("index", &self.frames.rules.queue)
             .field("state", &self.status.get())
             .field("posted", &(self.queue.size() - self.queue.free()))
             .finish_non_exhaustive()

@@ -5,10 +5,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use underpass::dma::DmaSpace;
+use underpass::dma::{DmaSpace, View};
 use underpass::net::headers::ethertype;
 use underpass::net::{Counters, MIN_FRAME, Offloads, State, TxQueue, Values, checksum};
 use underpass::pci::PciDevice;
+use underpass::pool::Reclaim;
 use underpass::{Access, Burst, Iova, Packet, Pool, Transport, TxOffload};
 use zerocopy::IntoBytes;
 
@@ -17,9 +18,6 @@ use super::rx::ADDRESSES;
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::virtio_net::spec::net::{HashHeader, Header, gso, header_flag};
-
-/// Sent packets whose buffers go back to their pools at a time.
-const DONE: usize = 64;
 
 /// The most buffers of one packet, its header's included: 64 KiB in buffers of 2 KiB, and some.
 pub(super) const MAX_CHAIN: u16 = 40;
@@ -43,7 +41,6 @@ pub(super) struct TxRing<Q: Virtqueue<Token = Packet>> {
     indirect: bool,
     /// Packets that the device has.
     in_flight: usize,
-    done: Burst<Packet>,
     notifier: Notifier,
     counters: Arc<Counters>,
     status: Arc<Status>,
@@ -54,6 +51,8 @@ pub(super) struct TxRing<Q: Virtqueue<Token = Packet>> {
 /// Makes buffers of packets.
 struct Sender {
     space: Arc<DmaSpace>,
+    /// Leases are checked: all packets take the long way.
+    is_leased: bool,
     /// Headers of packets that have no room for them.
     headers: Pool,
     header_len: usize,
@@ -84,9 +83,9 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
         Self {
             reclaim_at: queue.size() / 2,
             in_flight: 0,
-            done: Burst::with_capacity(DONE),
             queue,
             sender: Sender {
+                is_leased: parts.space.checks_leases(),
                 space: parts.space,
                 headers: parts.headers,
                 header_len: parts.header_len,
@@ -114,9 +113,22 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
             self.reclaim_sent(&mut sum);
         }
         let count = self.fitting(burst);
-        for packet in burst.drain(count) {
-            self.sender.send(packet, &mut self.queue, &mut sum);
+        let (sender, space, mut packets) = (&self.sender, self.sender.space.view(), burst.drain(count));
+        loop {
+            let mut odd = None;
+            self.queue.add_burst(count, || match sender.plain(packets.next()?, space) {
+                Ok(posted) => Some(posted),
+                Err(packet) => {
+                    odd = Some(packet);
+                    None
+                }
+            });
+            match odd {
+                Some(packet) => sender.send(packet, &mut self.queue, &mut sum),
+                None => break,
+            }
         }
+        drop(packets);
         let posted = count - (sum.runts + sum.oversize + sum.refused) as usize;
         if posted != 0 {
             self.in_flight += posted;
@@ -156,28 +168,23 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
 
     /// Gives the buffers of all packets that were sent back, and counts these.
     fn reclaim_sent(&mut self, sum: &mut Values) {
-        loop {
-            let (done, sender) = (&mut self.done, &self.sender);
-            let (mut bytes, mut headers) = (0, 0);
-            let taken = self.queue.take_burst(DONE, |packet, _| {
-                bytes += packet.len();
-                headers += sender.header_len;
-                sender.take_back(&packet);
-                // There is room for as many.
-                let _ = done.push(packet);
-            });
-            self.in_flight -= done.len();
-            sum.packets += done.len() as u64;
-            sum.bytes += (bytes - headers) as u64;
-            done.clear();
-            match taken {
-                Ok(DONE) => {}
-                Ok(_) => return,
-                Err(broken) => {
-                    sum.errors += 1;
-                    return self.status.break_down(broken.why);
-                }
+        let (mut done, sender, mut bytes) = (Reclaim::new(), &self.sender, 0);
+        let is_leased = sender.is_leased;
+        let taken = self.queue.take_burst(usize::MAX, |packet, _| {
+            bytes += packet.data().len();
+            if packet.next().is_some() || is_leased {
+                bytes += sender.take_back(&packet);
             }
+            done.push(packet);
+        });
+        // With an error there is none.
+        let packets = taken.unwrap_or(0);
+        self.in_flight -= packets;
+        sum.packets += packets as u64;
+        sum.bytes += (bytes - packets * sender.header_len) as u64;
+        if let Err(broken) = taken {
+            sum.errors += 1;
+            self.status.break_down(broken.why);
         }
     }
 }
@@ -195,50 +202,30 @@ impl Sender {
         if entries > self.max_chain { 0 } else { entries }
     }
 
-    /// Posts a packet, for which there are entries; or drops and counts it.
+    /// Makes a buffer of a packet in one piece that has headroom and no offloads; gives any other back, and one with which
+    /// something is wrong.
     #[inline]
-    fn send<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
+    fn plain(&self, mut packet: Packet, space: View<'_>) -> Result<(Packet, Buffer), Packet> {
         let len = packet.data().len();
-        let is_plain = packet.next().is_none() && packet.tx_offload().is_none() && packet.vlan().is_none();
-        if !is_plain || packet.headroom() < self.header_len {
-            return self.send_any(packet, queue, sum);
+        if !packet.is_plain() || self.is_leased || !(MIN_FRAME..=self.max).contains(&len) {
+            return Err(packet);
         }
-        if len < MIN_FRAME {
-            sum.runts += 1;
-            return;
+        let Some(header) = packet.prepend(self.header_len) else { return Err(packet) };
+        let (first, rest) = header.split_at_mut(size_of::<Header>());
+        first.copy_from_slice(&[0; size_of::<Header>()]);
+        if !rest.is_empty() {
+            rest.fill(0);
         }
-        if len > self.max {
-            sum.oversize += 1;
-            return;
-        }
-        if let Some(header) = packet.prepend(self.header_len) {
-            header.fill(0);
-        }
-        let Some(iova) = self.space.hand_out(&packet, Access::READ) else {
-            sum.refused += 1;
-            return;
+        let Some(iova) = space.iova(&packet) else {
+            packet.trim_front(self.header_len);
+            return Err(packet);
         };
-        let buffer = Buffer::readable(iova, (len + self.header_len) as u32);
-        self.add(packet, &[buffer], queue, sum);
+        Ok((packet, Buffer::readable(iova, (len + self.header_len) as u32)))
     }
 
-    #[inline]
-    fn add<Q: Virtqueue<Token = Packet>>(
-        &self,
-        packet: Packet,
-        buffers: &[Buffer],
-        queue: &mut Q,
-        sum: &mut Values,
-    ) {
-        if let Err(packet) = queue.add(packet, buffers) {
-            self.take_back(&packet);
-            sum.refused += 1;
-        }
-    }
-
-    /// Likewise, for packets of any kind.
+    /// Posts a packet of any kind, for which there are entries; or drops and counts it.
     #[inline(never)]
-    fn send_any<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
+    fn send<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
         let len = packet.len() + packet.vlan().map_or(0, |_| TAG);
         if len < MIN_FRAME {
             sum.runts += 1;
@@ -347,13 +334,11 @@ impl Sender {
         queue.add(packet, &buffers[..count]).map_err(|packet| self.take_back(&packet)).ok()
     }
 
-    #[inline]
-    fn take_back(&self, packet: &Packet) {
-        if self.space.checks_leases() {
-            for segment in packet.segments() {
-                self.space.take_back(segment, Access::READ);
-            }
-        }
+    /// The packet came back from the device. Returns the bytes behind its first segment.
+    #[cold]
+    fn take_back(&self, packet: &Packet) -> usize {
+        packet.segments().for_each(|segment| self.space.take_back(segment, Access::READ));
+        packet.len() - packet.data().len()
     }
 }
 

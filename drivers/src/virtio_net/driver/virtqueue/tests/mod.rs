@@ -483,6 +483,20 @@ fn a_length_without_the_write_flag_means_nothing() {
 }
 
 #[test]
+fn a_buffer_that_is_not_published_is_not_used() {
+    for features in [0, 0b10] {
+        let mut rig = Rig::<PackedQueue<u32>, Packed>::new(setup(4, 1, features), true);
+        rig.add(0, 1);
+        rig.publish();
+        rig.add(0, 1);
+        rig.device.lie(0, 1, 1);
+        rig.device.lie(1, 1, 1);
+        assert_eq!(rig.queue.take_burst(8, |token, _| assert_eq!(token, 0)), Ok(1));
+        assert_eq!(rig.queue.take_used(), Ok(None));
+    }
+}
+
+#[test]
 fn a_ring_without_posted_buffers_is_not_looked_at() {
     let mut rig = Rig::<PackedQueue<u32>, Packed>::new(setup(4, 1, 0), true);
     rig.device.lie(0, 0, 1);
