@@ -100,7 +100,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         packets = Some(forward::measure(&run, &stop, false)?);
     }
     bar.finish_and_clear();
-    let small_pages = demo.iter().map(|report| report.small_pages).max().unwrap_or(0);
+    let of_packets = packets.as_ref().map(|(report, _)| report.small_pages);
+    let small_pages = demo.iter().map(|report| report.small_pages).chain(of_packets).max().unwrap_or(0);
     let judged = demo.iter().try_for_each(copy::judge);
     let judged = judged.and_then(|()| match &packets {
         Some((report, failure)) => forward::judge(report, failure.as_ref()),

@@ -7,7 +7,7 @@
 mod command;
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,11 @@ fn write_packets(path: &str, packets: &[Vec<u8>]) {
 
 fn swapped(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     packets.iter().map(|packet| [&packet[6..12], &packet[..6], &packet[12..]].concat()).collect()
+}
+
+/// Nothing is on standard error but that huge pages are missing.
+fn only_notes(output: &Output) -> bool {
+    errors(output).iter().all(|line| line.starts_with("note: 4 KiB pages were used"))
 }
 
 #[test]
@@ -259,7 +264,7 @@ fn without_ports_it_joins_two() {
     for words in ["rx packets", "PASID", "What to try next", "soft:virtio-net"] {
         assert!(shown.contains(words), "{words} is missing in {shown}");
     }
-    assert!(output.stderr.is_empty(), "no rates where there is no terminal: {}", text(&output.stderr));
+    assert!(only_notes(&output), "no rates where there is no terminal: {}", text(&output.stderr));
 }
 
 #[test]
@@ -374,5 +379,5 @@ fn ctrl_c_stops_and_still_tells_what_was_done() {
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["ports"][0]["rx_packets"].as_u64() > Some(0), "{report}");
     assert_eq!(report["unexplained"], 0);
-    assert!(text(&output.stderr).is_empty(), "{}", text(&output.stderr));
+    assert!(only_notes(&output), "{}", text(&output.stderr));
 }

@@ -97,7 +97,7 @@ impl<T> Burst<T> {
         self.0.drain(..)
     }
 
-    /// Drops all items.
+    /// Drops all items, one by one. For packets there is [`free`](Self::free).
     #[inline]
     pub fn clear(&mut self) {
         self.0.clear();

@@ -5,14 +5,15 @@
 //!
 //! What is where, from the application downwards:
 //! - [`accel`]: the class of devices that do jobs on memory. A job owns its buffers until it comes back.
+//! - [`net`]: the class of devices that move packets. A [`Packet`] is an owned buffer of a [`pool`].
 //! - [`dma`]: buffers in DMA memory, and which of them one queue can address.
 //! - [`ring`]: bounded queues between threads, without locks.
 //! - [`worker`]: pinned threads that poll, their counters and how they idle.
 //! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over a software model of it.
 //! - [`model`]: what such a model implements.
 //!
-//! `unsafe` lives in [`bar`] (MMIO), [`dma`] (memory that a device shares) and [`ring`] (memory that threads share); each
-//! of them starts with the invariant that makes it sound.
+//! `unsafe` lives in [`bar`] (MMIO), [`dma`] (memory that a device shares), [`ring`] (memory that threads share), [`pool`] and
+//! `packet` (owned pointers into memory of pools); each of them starts with the invariant that makes it sound.
 
 pub mod accel;
 pub mod bar;

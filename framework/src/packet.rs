@@ -272,13 +272,6 @@ impl Packet {
         self.meta().content.queue
     }
 
-    /// For drivers: says where it was received.
-    #[inline]
-    pub fn set_source(&mut self, port: u16, queue: u16) {
-        let meta = self.meta_mut();
-        (meta.content.port, meta.content.queue) = (port, queue);
-    }
-
     /// The receive-side scaling hash that the device computed.
     #[inline]
     pub fn rss_hash(&self) -> Option<u32> {
@@ -341,6 +334,14 @@ impl Packet {
     pub fn set_checksum(&mut self, checksum: Checksum) {
         let meta = self.meta_mut();
         meta.content.flags = meta.content.flags & !flag::CHECKSUM | (checksum as u16) << flag::CHECKSUM_SHIFT;
+    }
+
+    /// Whether it is one segment, and asks nothing of the device that sends it: no offload, no VLAN tag.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        let meta = self.meta();
+        let asks = flag::VLAN | flag::TX_IP_CHECKSUM | flag::TX_L4_CHECKSUM | flag::TX_SEGMENT;
+        meta.next.is_none() && meta.content.flags & asks == 0
     }
 
     /// What it asks of the device that sends it.

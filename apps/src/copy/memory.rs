@@ -76,7 +76,7 @@ fn pool(file: &str) -> Option<u64> {
 }
 
 /// How many pages of 2 MiB the region would have liked to have but did not get.
-pub(super) fn small_pages(region: &Region) -> u64 {
+pub(crate) fn small_pages(region: &Region) -> u64 {
     if region.page_size() != PageSize::Size4K {
         return 0;
     }

@@ -27,7 +27,7 @@ pub(crate) use self::args::Args;
 use self::expect::Shape;
 use self::isolation::Isolation;
 use self::lane::Lane;
-pub(crate) use self::memory::tell_small_pages;
+pub(crate) use self::memory::{small_pages, tell_small_pages};
 use self::output::Output;
 use self::queue::Queue;
 use self::report::Report;

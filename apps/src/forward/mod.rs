@@ -37,6 +37,7 @@ use self::rates::Rates;
 use self::report::{CaptureReport, LaneResult, Report};
 use self::run::{Phase, Run};
 use crate::Usage;
+use crate::copy;
 use crate::interrupt::Stop;
 
 /// How long a run without `--port` takes, unless told otherwise.
@@ -56,6 +57,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             if args.ports.is_empty() { next(args.mode, &crate::command_name()) } else { String::new() };
         crate::print(&format!("{}{next}", report.text()))?;
     }
+    copy::tell_small_pages(report.small_pages);
     judge(&report, failure.as_ref())
 }
 
@@ -188,6 +190,7 @@ fn forward(
 
     let results: Vec<_> = places.iter().map(|(place, counts)| place.result(&counts.tally())).collect();
     let mut report = Report::new(args.mode, args.burst, run.time().as_secs_f64(), &ports.ports, &results);
+    report.small_pages = ports.pools.iter().map(|pool| copy::small_pages(pool.region())).sum();
     report.capture = args.pcap.as_ref().zip(captured).map(|(path, captured)| CaptureReport {
         file: path.display().to_string(),
         packets: captured.packets,

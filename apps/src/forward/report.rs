@@ -30,6 +30,9 @@ pub(crate) struct Report {
     pub(crate) unexplained: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) capture: Option<CaptureReport>,
+    /// Pages of 2 MiB that the packets' memory did not get.
+    #[serde(skip)]
+    pub(crate) small_pages: u64,
 }
 
 /// One port's part.
@@ -164,6 +167,7 @@ impl Report {
             unanswered: sum(|tally| tally.unanswered),
             unexplained,
             capture: None,
+            small_pages: 0,
         }
     }
 

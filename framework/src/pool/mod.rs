@@ -173,7 +173,7 @@ impl PoolBuilder {
         #[allow(clippy::cast_ptr_alignment, reason = "a region starts at a page")]
         let first_meta = NonNull::from(&mut meta[0]).cast::<Meta>();
         let shared = Box::new(Shared {
-            free: FreeList::new(count, slot::SLOTS, cache),
+            free: FreeList::new(count, slot::SLOTS, cache.min(count)),
             exhausted: CachePadded::default(),
             name,
             buffer_len,

@@ -1,6 +1,6 @@
 //! Giving many packets back at once.
 
-use std::mem::{ManuallyDrop, MaybeUninit};
+use std::mem::MaybeUninit;
 
 use super::{Free, Shared};
 use crate::Burst;
@@ -97,18 +97,16 @@ unsafe fn release(mut packets: &[Packet]) {
         let run = packets.iter().take_while(|packet| packet.oddness(pool) == 0).count();
         if run == 0 {
             // A chain.
-            // SAFETY: it is given away, and skipped below.
-            drop(ManuallyDrop::into_inner(unsafe {
-                std::ptr::from_ref(first).cast::<ManuallyDrop<Packet>>().read()
-            }));
+            // SAFETY: it is given away, and not looked at again.
+            drop(unsafe { std::ptr::read(first) });
+            packets = &packets[1..];
+            continue;
         }
-        let (now, later) = packets.split_at(run.max(1));
-        if run > 0 {
-            // SAFETY: a Packet is a pointer to metadata, as a Free is.
-            let buffers = unsafe { std::slice::from_raw_parts(now.as_ptr().cast::<Free>(), run) };
-            // SAFETY: they are all of this pool and without chains, and their packets are given away.
-            unsafe { Shared::put(pool, buffers) };
-        }
+        let (now, later) = packets.split_at(run);
+        // SAFETY: a Packet is a pointer to metadata, as a Free is.
+        let buffers = unsafe { std::slice::from_raw_parts(now.as_ptr().cast::<Free>(), run) };
+        // SAFETY: they are all of this pool and without chains, and their packets are given away.
+        unsafe { Shared::put(pool, buffers) };
         packets = later;
     }
 }

@@ -60,6 +60,7 @@ pub(super) fn unregister(pool: NonNull<Shared>) {
 /// puts them there: slower, and otherwise no different.
 ///
 /// Dropping it moves what its caches hold to where others find it.
+#[must_use = "dropping it gives the slot back"]
 pub struct Slot {
     pub(super) index: usize,
     /// It stays with its thread.

@@ -77,9 +77,9 @@ fn a_packet_that_comes_again_is_as_new_unless_it_is_taken_raw() {
     let pool = pool(2, 0);
     let use_up = |mut packet: Packet| {
         packet.append(5).unwrap().fill(7);
+        assert!(packet.received(0, 5, 3, 4));
         packet.set_rss_hash(1);
         packet.set_vlan(Some(2));
-        packet.set_source(3, 4);
         packet.chain(pool.alloc().unwrap());
     };
     use_up(pool.alloc().unwrap());

@@ -168,17 +168,17 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
 
     /// Gives the buffers of all packets that were sent back, and counts these.
     fn reclaim_sent(&mut self, sum: &mut Values) {
-        let (mut done, sender) = (Reclaim::new(), &self.sender);
-        let (mut packets, mut bytes) = (0, 0);
+        let (mut done, sender, mut bytes) = (Reclaim::new(), &self.sender, 0);
         let is_leased = sender.is_leased;
         let taken = self.queue.take_burst(usize::MAX, |packet, _| {
-            packets += 1;
             bytes += packet.data().len();
             if packet.next().is_some() || is_leased {
                 bytes += sender.take_back(&packet);
             }
             done.push(packet);
         });
+        // With an error there is none.
+        let packets = taken.unwrap_or(0);
         self.in_flight -= packets;
         sum.packets += packets as u64;
         sum.bytes += (bytes - packets * sender.header_len) as u64;
@@ -207,8 +207,7 @@ impl Sender {
     #[inline]
     fn plain(&self, mut packet: Packet, space: View<'_>) -> Result<(Packet, Buffer), Packet> {
         let len = packet.data().len();
-        let is_plain = packet.next().is_none() && packet.tx_offload().is_none() && packet.vlan().is_none();
-        if !is_plain || self.is_leased || !(MIN_FRAME..=self.max).contains(&len) {
+        if !packet.is_plain() || self.is_leased || !(MIN_FRAME..=self.max).contains(&len) {
             return Err(packet);
         }
         let Some(header) = packet.prepend(self.header_len) else { return Err(packet) };

@@ -32,7 +32,7 @@ pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Re
         segments.clear();
         let Some(chain) = queue.take(bus, &mut segments)? else { break };
         let len = chain.readable as usize;
-        if len < size_of::<Command>() || chain.writable == 0 {
+        if len < size_of::<Command>() || chain.writes == 0 {
             return Err(Broken::Rule(
                 "a control command has no class and command, or no place for the answer",
             ));
@@ -40,7 +40,7 @@ pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Re
         let done = if len <= MAX_LEN {
             let mut bytes = vec![0; len];
             let mut at = 0;
-            for segment in &segments[..chain.first_writable] {
+            for segment in &segments[..chain.reads.into()] {
                 let end = at + segment.len as usize;
                 bus.read(None, segment.iova, &mut bytes[at..end])?;
                 at = end;
@@ -50,7 +50,7 @@ pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Re
             Err(Refused)
         };
         let answer = if done.is_ok() { OK } else { ERR };
-        bus.write(None, segments[chain.first_writable].iova, &[answer])?;
+        bus.write(None, segments[usize::from(chain.reads)].iova, &[answer])?;
         queue.put(&chain, 1);
     }
     if queue.flush(bus)? {

@@ -10,7 +10,7 @@ use super::spec::packed::{
     self, EventFlags, EventSuppress, HANDSHAKE, Handshake, INDIRECT, NEXT, WRITE, need_event,
 };
 use super::spec::split::Descriptor;
-use super::virtqueue::{Broken, Chain, Config, Mark, Segment, WINDOW, Walk};
+use super::virtqueue::{Broken, Chain, Config, Mark, Segment, WINDOW, Walk, single};
 
 /// A slot of the ring, in the round that has this wrap counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,11 +99,30 @@ impl Packed {
         bus: &mut Bus,
         segments: &mut Vec<Segment>,
     ) -> Result<Option<Chain>, Broken> {
-        let Some(mut descriptor) = self.current(bus)? else { return Ok(None) };
+        let Some((addr, handshake)) = self.current(bus)? else { return Ok(None) };
+        let flags = handshake.flags();
+        let chain = if flags & (NEXT | INDIRECT) == 0 {
+            self.position = self.position.plus(1, self.config.size);
+            single(segments, handshake.id(), addr, handshake.len(), flags & WRITE != 0)?
+        } else {
+            self.walk(bus, segments)?
+        };
+        self.taken += chain.slots;
+        if usize::from(self.taken) + usize::from(self.put) > usize::from(self.config.size) {
+            return Err(Broken::Rule("more descriptors are available than the queue has"));
+        }
+        Ok(Some(chain))
+    }
+
+    /// The chain that starts at `position`.
+    #[inline(never)]
+    fn walk(&mut self, bus: &mut Bus, segments: &mut Vec<Segment>) -> Result<Chain, Broken> {
         let mut walk = Walk::new(segments, self.config.size);
         let mut slots = 0;
-        let id = loop {
-            let (addr, handshake) = descriptor;
+        loop {
+            let Some((addr, handshake)) = self.current(bus)? else {
+                return Err(Broken::Rule("a chain was made available before all of its descriptors"));
+            };
             self.position = self.position.plus(1, self.config.size);
             slots += 1;
             let flags = handshake.flags();
@@ -112,22 +131,13 @@ impl Packed {
                     return Err(Broken::Rule("a packed chain has an indirect descriptor"));
                 }
                 self.walk_table(bus, addr, handshake.len(), &mut walk)?;
-                break handshake.id();
+                return Ok(walk.finish(handshake.id(), slots));
             }
             walk.push(addr, handshake.len(), flags & WRITE != 0)?;
             if flags & NEXT == 0 {
-                break handshake.id();
+                return Ok(walk.finish(handshake.id(), slots));
             }
-            let Some(next) = self.current(bus)? else {
-                return Err(Broken::Rule("a chain was made available before all of its descriptors"));
-            };
-            descriptor = next;
-        };
-        self.taken += slots;
-        if usize::from(self.taken) + usize::from(self.put) > usize::from(self.config.size) {
-            return Err(Broken::Rule("more descriptors are available than the queue has"));
         }
-        Ok(Some(walk.finish(id, slots)))
     }
 
     fn walk_table(&mut self, bus: &mut Bus, addr: u64, len: u32, walk: &mut Walk<'_>) -> Result<(), Broken> {
@@ -155,6 +165,7 @@ impl Packed {
     }
 
     /// Reads the descriptors that are available from `position` on, up to the end of the ring.
+    #[inline(never)]
     fn fill_window(&mut self, bus: &mut Bus) -> Result<(), Broken> {
         let room = (self.config.size - self.position.slot).min(WINDOW as u16);
         let first = self.descriptor(self.position.slot);

@@ -7,7 +7,7 @@ use underpass::model::Bus;
 
 use super::spec::Features;
 use super::spec::split::{self, Descriptor, INDIRECT, NEXT, WRITE, avail, used};
-use super::virtqueue::{Broken, Chain, Config, Mark, Segment, WINDOW, Walk};
+use super::virtqueue::{Broken, Chain, Config, Mark, Segment, WINDOW, Walk, single};
 
 /// How far ahead the next head may lie to be read in the same access.
 const NEAR: u16 = 4;
@@ -124,6 +124,20 @@ impl Split {
         if self.config.has(Features::IN_ORDER) && head != self.descriptor {
             return Err(Broken::Rule("in order, a chain starts where the one before does not end"));
         }
+        let Descriptor { addr, len, flags, .. } = self.read(bus, head)?;
+        let chain = if flags & (NEXT | INDIRECT) == 0 {
+            self.descriptor = self.slot(head.wrapping_add(1));
+            single(segments, head, addr, len, flags & WRITE != 0)?
+        } else {
+            self.walk(bus, head, segments)?
+        };
+        self.position = self.position.wrapping_add(1);
+        Ok(Some(chain))
+    }
+
+    /// The chain that starts with descriptor `head`.
+    #[inline(never)]
+    fn walk(&mut self, bus: &mut Bus, head: u16, segments: &mut Vec<Segment>) -> Result<Chain, Broken> {
         let mut walk = Walk::new(segments, self.config.size);
         let (mut index, mut slots) = (head, 0);
         loop {
@@ -145,8 +159,7 @@ impl Split {
             }
             index = descriptor.next;
         }
-        self.position = self.position.wrapping_add(1);
-        Ok(Some(walk.finish(head, slots)))
+        Ok(walk.finish(head, slots))
     }
 
     fn walk_table(&mut self, bus: &mut Bus, at: Descriptor, walk: &mut Walk<'_>) -> Result<(), Broken> {
@@ -181,15 +194,23 @@ impl Split {
     fn head(&mut self, bus: &mut Bus) -> Result<u16, Broken> {
         let mut at = self.position.wrapping_sub(self.heads_at);
         if at >= self.heads_len {
-            let slot = self.slot(self.position);
-            let run = self.seen.wrapping_sub(self.position).min(self.config.size - slot).min(WINDOW as u16);
-            let ring = self.config.avail.wrapping_add(avail::ring(slot) as u64);
-            bus.load_all(None, ring, &mut self.heads[..run.into()])?;
-            (self.heads_at, self.heads_len, at) = (self.position, run, 0);
-            // What was read before may be older than these entries.
-            self.window_len = 0;
+            self.fill_heads(bus)?;
+            at = 0;
         }
         Ok(self.heads[usize::from(at)])
+    }
+
+    /// Reads available entries from `position` on.
+    #[inline(never)]
+    fn fill_heads(&mut self, bus: &mut Bus) -> Result<(), Broken> {
+        let slot = self.slot(self.position);
+        let run = self.seen.wrapping_sub(self.position).min(self.config.size - slot).min(WINDOW as u16);
+        let ring = self.config.avail.wrapping_add(avail::ring(slot) as u64);
+        bus.load_all(None, ring, &mut self.heads[..run.into()])?;
+        (self.heads_at, self.heads_len) = (self.position, run);
+        // What was read before may be older than these entries.
+        self.window_len = 0;
+        Ok(())
     }
 
     /// Descriptor `index`, of a chain that begins in `heads`.
@@ -197,9 +218,6 @@ impl Split {
     fn read(&mut self, bus: &mut Bus, index: u16) -> Result<Descriptor, Broken> {
         let mut at = index.wrapping_sub(self.window_at);
         if at >= self.window_len {
-            if index >= self.config.size {
-                return Err(Broken::Rule("a descriptor's index is not below the queue size"));
-            }
             self.fill_window(bus, index)?;
             at = 0;
         }
@@ -209,7 +227,11 @@ impl Split {
 
     /// Reads descriptors from `index` on: as far as the heads that come next lie close behind each other, as those of
     /// chains do that were laid out in order.
+    #[inline(never)]
     fn fill_window(&mut self, bus: &mut Bus, index: u16) -> Result<(), Broken> {
+        if index >= self.config.size {
+            return Err(Broken::Rule("a descriptor's index is not below the queue size"));
+        }
         let next = self.position.wrapping_sub(self.heads_at) + 1;
         let mut last = index;
         for head in &self.heads[usize::from(next.min(self.heads_len))..self.heads_len.into()] {

@@ -1,5 +1,6 @@
 //! From the transmit queue to the peer ("Packet Transmission", 5.1.6.2).
 
+use std::mem::offset_of;
 use std::ops::Range;
 
 use underpass::net::MIN_FRAME;
@@ -17,7 +18,8 @@ use super::virtqueue::{Broken, Chain, Segment, Virtqueue};
 /// The longest frame that is sent to be segmented: what its IP header can tell of, and the Ethernet header with tags.
 const MAX_FRAME: usize = 65535 + 40 + 22;
 
-const TOO_SHORT: Broken = Broken::Rule("a buffer to send is shorter than its header");
+/// Where the header counts buffers, which one to send does not.
+const NUM_BUFFERS: usize = offset_of!(Header, num_buffers);
 
 /// The transmitting half of a queue pair.
 pub(super) struct Transmitter {
@@ -34,12 +36,6 @@ struct Refused {
     offload: Offload,
     /// Where in `bytes` it is.
     range: Range<usize>,
-}
-
-/// What becomes of a frame.
-enum Fate {
-    Send(Offload),
-    Drop(Count),
 }
 
 impl Transmitter {
@@ -84,8 +80,8 @@ impl Transmitter {
             }
             bytes += chain.readable as usize;
             let offload = match fetch(context, &self.segments, &chain, &mut self.bytes)? {
-                Fate::Send(offload) => offload,
-                Fate::Drop(count) => {
+                Ok(offload) => offload,
+                Err(count) => {
                     device.add(pair, count, 1);
                     queue.put(&chain, 0);
                     frames += 1;
@@ -119,37 +115,50 @@ impl Transmitter {
     }
 }
 
-/// Gets a frame into `bytes`, with its header in front, and checks what is asked for it.
+/// Gets a frame into `bytes`, with its header in front, and what is asked for it. Where that can not be done, the fault
+/// may be the packet's and not the driver's: it is dropped and counted.
+#[inline]
 fn fetch(
     context: &mut Context<'_>,
     segments: &[Segment],
     chain: &Chain,
     bytes: &mut [u8],
-) -> Result<Fate, Broken> {
-    let header_len = context.rules.header_len;
+) -> Result<Result<Offload, Count>, Broken> {
+    let rules = context.rules;
     let len = chain.readable as usize;
-    if len < header_len {
-        return Err(TOO_SHORT);
+    if len < rules.header_len {
+        return Err(Broken::Rule("a buffer to send is shorter than its header"));
     }
-    if len - header_len > MAX_FRAME {
-        return Ok(Fate::Drop(Count::TxOversize));
+    if len - rules.header_len > MAX_FRAME {
+        return Ok(Err(Count::TxOversize));
     }
     let mut at = 0;
-    for segment in &segments[chain.first..chain.first_writable] {
+    for segment in &segments[..chain.reads.into()] {
         let end = at + segment.len as usize;
         context.bus.read(None, segment.iova, &mut bytes[at..end])?;
         at = end;
     }
-    let (header, frame) = bytes[..len].split_at(header_len);
-    let Ok((header, _)) = Header::read_from_prefix(header) else { return Err(TOO_SHORT) };
-    check_header(&header, context.rules.features)?;
+    let (header, frame) = bytes[..len].split_at(rules.header_len);
+    let asks_nothing = header.starts_with(&[0, 0]) && header[NUM_BUFFERS..].starts_with(&[0, 0]);
     if !context.device.link_is_up() {
-        return Ok(Fate::Drop(Count::TxLinkDown));
+        return Ok(Err(Count::TxLinkDown));
     }
-    Ok(fate(&header, frame, context.rules))
+    if frame.len() < MIN_FRAME {
+        return Ok(Err(Count::TxRunts));
+    }
+    if !asks_nothing {
+        let header = Header::read_from_prefix(header).map(|(header, _)| header).unwrap_or_default();
+        check_header(&header, rules.features)?;
+        return Ok(offload(&header, frame, rules));
+    }
+    if frame.len() > rules.max_frame {
+        return Ok(Err(Count::TxOversize));
+    }
+    Ok(Ok(Offload::default()))
 }
 
 /// The rules of the header that hold whatever the frame is.
+#[inline(never)]
 fn check_header(header: &Header, features: Features) -> Result<(), Broken> {
     let rule = |rule| Err(Broken::Rule(rule));
     let needs_checksum = header.flags & header_flag::NEEDS_CSUM != 0;
@@ -180,17 +189,14 @@ fn check_header(header: &Header, features: Features) -> Result<(), Broken> {
     Ok(())
 }
 
-/// What is asked for the frame, if it can be done. Where it can not, the fault may be the packet's and not the driver's:
-/// it is dropped and counted.
-fn fate(header: &Header, frame: &[u8], rules: &Rules) -> Fate {
-    if frame.len() < MIN_FRAME {
-        return Fate::Drop(Count::TxRunts);
-    }
+/// What is asked for the frame, if it can be done.
+#[inline(never)]
+fn offload(header: &Header, frame: &[u8], rules: &Rules) -> Result<Offload, Count> {
     let mut offload = Offload::default();
     if header.flags & header_flag::NEEDS_CSUM != 0 {
         let field = usize::from(header.csum_start) + usize::from(header.csum_offset);
         if field + 2 > frame.len() {
-            return Fate::Drop(Count::TxMalformed);
+            return Err(Count::TxMalformed);
         }
         offload.checksum = Some((header.csum_start, header.csum_offset));
     }
@@ -198,8 +204,8 @@ fn fate(header: &Header, frame: &[u8], rules: &Rules) -> Fate {
         gso::TCPV4 => SegmentKind::Tcp4,
         gso::TCPV6 => SegmentKind::Tcp6,
         gso::UDP_L4 => SegmentKind::Udp,
-        _ if frame.len() > rules.max_frame => return Fate::Drop(Count::TxOversize),
-        _ => return Fate::Send(offload),
+        _ if frame.len() > rules.max_frame => return Err(Count::TxOversize),
+        _ => return Ok(offload),
     };
     // The headers are looked for, since hdr_len is not to be relied on.
     let headers = Headers::parse(frame);
@@ -216,8 +222,8 @@ fn fate(header: &Header, frame: &[u8], rules: &Rules) -> Fate {
         && header_len - headers.l2_len as usize + usize::from(header.gso_size) <= u16::MAX.into()
         && (!rules.has(Features::GUEST_HDRLEN) || usize::from(header.hdr_len) == header_len);
     if !fits {
-        return Fate::Drop(Count::TxMalformed);
+        return Err(Count::TxMalformed);
     }
     offload.segment = Some(Cut { kind, size: header.gso_size, header_len: header_len as u16 });
-    Fate::Send(offload)
+    Ok(offload)
 }

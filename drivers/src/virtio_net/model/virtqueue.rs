@@ -77,16 +77,16 @@ pub(super) struct Segment {
     pub(super) len: u32,
 }
 
-/// A buffer that was taken: its segments are those from `first` on in the list that they were appended to.
+/// A buffer that was taken; its segments were appended to a list.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Chain {
     /// What the driver knows it by.
     pub(super) id: u16,
     /// Descriptors of the queue that it takes.
     pub(super) slots: u16,
-    pub(super) first: usize,
-    /// The first segment that the device writes.
-    pub(super) first_writable: usize,
+    /// Segments that the device reads, and then those that it writes.
+    pub(super) reads: u16,
+    pub(super) writes: u16,
     /// Bytes that the device reads.
     pub(super) readable: u32,
     /// Bytes that the device writes.
@@ -206,54 +206,73 @@ impl Virtqueue {
     }
 }
 
+/// A chain of one descriptor, which is what most are.
+#[inline]
+pub(super) fn single(
+    segments: &mut Vec<Segment>,
+    id: u16,
+    addr: u64,
+    len: u32,
+    write: bool,
+) -> Result<Chain, Broken> {
+    check(addr, len)?;
+    segments.push(Segment { iova: Iova::new(addr), len });
+    Ok(if write {
+        Chain { id, slots: 1, reads: 0, writes: 1, readable: 0, writable: len }
+    } else {
+        Chain { id, slots: 1, reads: 1, writes: 0, readable: len, writable: 0 }
+    })
+}
+
+#[inline]
+fn check(addr: u64, len: u32) -> Result<(), Broken> {
+    if len == 0 {
+        return Err(Broken::Rule("a descriptor's buffer has no bytes"));
+    }
+    if addr.checked_add(len.into()).is_none() {
+        return Err(Broken::Rule("a buffer runs over the end of the address space"));
+    }
+    Ok(())
+}
+
 /// A chain in the making.
 pub(super) struct Walk<'a> {
     segments: &'a mut Vec<Segment>,
-    limit: usize,
+    limit: u16,
     chain: Chain,
 }
 
 impl<'a> Walk<'a> {
     /// Of at most `limit` descriptors.
-    #[inline]
     pub(super) fn new(segments: &'a mut Vec<Segment>, limit: u16) -> Self {
-        let first = segments.len();
-        let chain = Chain { first, first_writable: first, ..Chain::default() };
-        Self { segments, limit: limit.into(), chain }
+        Self { segments, limit, chain: Chain::default() }
     }
 
     /// The next descriptor's buffer.
-    #[inline]
     pub(super) fn push(&mut self, addr: u64, len: u32, write: bool) -> Result<(), Broken> {
         let chain = &mut self.chain;
-        if len == 0 {
-            return Err(Broken::Rule("a descriptor's buffer has no bytes"));
-        }
-        if self.segments.len() - chain.first == self.limit {
+        check(addr, len)?;
+        if chain.reads + chain.writes == self.limit {
             return Err(Broken::Rule(
                 "a chain has more descriptors than its queue: it is too long, or a loop",
             ));
         }
-        if addr.checked_add(len.into()).is_none() {
-            return Err(Broken::Rule("a buffer runs over the end of the address space"));
-        }
         if chain.readable.checked_add(chain.writable).and_then(|sum| sum.checked_add(len)).is_none() {
             return Err(Broken::Rule("a chain has 2^32 bytes or more"));
         }
-        self.segments.push(Segment { iova: Iova::new(addr), len });
         if write {
+            chain.writes += 1;
             chain.writable += len;
+        } else if chain.writes > 0 {
+            return Err(Broken::Rule("a chain has a buffer to read behind one to write"));
         } else {
-            if chain.writable != 0 {
-                return Err(Broken::Rule("a chain has a buffer to read behind one to write"));
-            }
+            chain.reads += 1;
             chain.readable += len;
-            chain.first_writable = self.segments.len();
         }
+        self.segments.push(Segment { iova: Iova::new(addr), len });
         Ok(())
     }
 
-    #[inline]
     pub(super) fn finish(self, id: u16, slots: u16) -> Chain {
         Chain { id, slots, ..self.chain }
     }
@@ -270,7 +289,7 @@ impl<'a> Walk<'a> {
         if entries == 0 || !(len as usize).is_multiple_of(size_of::<Descriptor>()) {
             return Err(Broken::Rule("an indirect table is no whole number of descriptors"));
         }
-        if self.segments.len() - self.chain.first + entries > self.limit {
+        if usize::from(self.chain.reads + self.chain.writes) + entries > self.limit.into() {
             return Err(Broken::Rule("an indirect table has more descriptors than its queue"));
         }
         table.resize(entries, Descriptor::new_zeroed());

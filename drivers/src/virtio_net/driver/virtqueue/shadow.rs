@@ -104,7 +104,12 @@ impl<T> Lent<'_, T> {
     /// Keeps the token of the buffer with this id.
     #[inline]
     pub(super) fn post(&mut self, id: u16, token: T, posted: Posted) {
-        self.slots[usize::from(id)] = Slot { token: Some(token), posted };
+        let slot = &mut self.slots[usize::from(id)];
+        slot.posted = posted;
+        // The id was free, so nothing is replaced; so is what would drop it.
+        if slot.token.is_none() {
+            slot.token = Some(token);
+        }
     }
 
     /// What is known of the buffer with an id that the device named.
