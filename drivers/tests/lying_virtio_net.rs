@@ -198,9 +198,9 @@ fn lie_of_a_buffer(stage: &mut Stage, lie: impl FnOnce(&mut DeviceRing, &mut Bus
     }
     isolated(stage, &chains, received.len());
     let after = stage.bench.counted().0;
-    let state = stage.state().0;
+    let becomes = stage.state().0;
     let dropped = after.dropped() - before.dropped();
-    match (state, received.len(), dropped) {
+    match (becomes, received.len(), dropped) {
         (State::Running, 1, 0) => Outcome::Believed,
         (State::Running, 0, 1) => Outcome::Dropped,
         (State::Running, 0, 0) => Outcome::Unseen,
@@ -645,7 +645,7 @@ fn storm(stage: &Stage, random: &mut Random) {
             (ring.setup.device, 8 * u64::from(ring.setup.size)),
         ];
         let (base, len) = areas[random.below(2)];
-        let at = Iova::new(base + (random.next() % len & !7));
+        let at = Iova::new(base + ((random.next() % len) & !7));
         let value = match random.below(3) {
             0 => random.next(),
             1 => random.next() & 0x8082_000f_0000_07ff,
@@ -900,7 +900,7 @@ fn capabilities_that_lead_nowhere_are_refused() {
     // Nonsense of a kind that is not needed, or that no driver knows, is passed over; so is a second one of a kind.
     set(cfg_type::ISR, 2, 255).unwrap();
     open(&|all| {
-        all.insert(0, (CAP_ID, vec![16, 77, 255, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]))
+        all.insert(0, (CAP_ID, vec![16, 77, 255, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]));
     })
     .unwrap();
     open(&|all| {

@@ -10,6 +10,7 @@ mod rig;
 use std::collections::HashSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 
 use underpass::net::{Config, Offloads, Port, Started, State};
 use underpass::pool::Slot;
@@ -159,7 +160,7 @@ fn restarts(name: &str, options: &str, rounds: u64, vary: bool) {
             // All the way, in both directions, after every restart.
             let before = arrived();
             until("packets pass", || {
-                assert!(!workers.iter().any(|worker| worker.is_finished()), "a worker failed");
+                assert!(!workers.iter().any(ScopedJoinHandle::is_finished), "a worker failed");
                 arrived().iter().zip(before).all(|(now, before)| *now >= before + 50)
             });
             for n in [round as usize % 4, round as usize / 3 % 4] {

@@ -74,14 +74,15 @@ pub(crate) struct DeviceRing {
     used_wrap: bool,
 }
 
+/// Where a descriptor is in a table.
+fn slot(table: u64, index: u16) -> Iova {
+    Iova::new(table.wrapping_add(16 * u64::from(index)))
+}
+
 impl DeviceRing {
     pub(crate) fn new(setup: QueueSetup, packed: bool) -> Self {
         assert!(setup.enabled, "the driver has no such queue");
         Self { setup, packed, next: 0, next_wrap: true, used: 0, used_wrap: true }
-    }
-
-    fn slot(&self, base: u64, index: u16) -> Iova {
-        Iova::new(base + 16 * u64::from(index))
     }
 
     /// One that is not there.
@@ -104,7 +105,7 @@ impl DeviceRing {
             return;
         }
         let word = |bus: &mut Bus, ring: &Self| {
-            let at = ring.slot(ring.setup.desc, ring.next).wrapping_add(packed::HANDSHAKE as u64);
+            let at = slot(ring.setup.desc, ring.next).wrapping_add(packed::HANDSHAKE as u64);
             Handshake::from_bits(bus.load(None, at).unwrap())
         };
         while word(bus, self).is_used(self.next_wrap) {
@@ -141,7 +142,7 @@ impl DeviceRing {
         let mut chain = Chain { id, entries: 0, buffers: Vec::new() };
         let (mut table, mut at) = (self.setup.desc, id);
         for _ in 0..1000 {
-            let place = self.slot(table, at);
+            let place = slot(table, at);
             let words = [bus.load::<u64>(None, place)?, bus.load::<u64>(None, place.wrapping_add(8))?];
             let split::Descriptor { addr, len, flags, next } = split::Descriptor::from_words(words);
             chain.entries += u16::from(table == self.setup.desc);
@@ -161,7 +162,7 @@ impl DeviceRing {
     fn take_packed(&mut self, bus: &mut Bus) -> Result<Option<Chain>, Nonsense> {
         let mut chain = Chain { id: 0, entries: 0, buffers: Vec::new() };
         for _ in 0..1000 {
-            let at = self.slot(self.setup.desc, self.next);
+            let at = slot(self.setup.desc, self.next);
             let word = Handshake::from_bits(bus.load(None, at.wrapping_add(packed::HANDSHAKE as u64))?);
             if !word.is_available(self.next_wrap) {
                 return if chain.entries == 0 { Ok(None) } else { Err(Nonsense) };
@@ -215,7 +216,7 @@ impl DeviceRing {
 
     /// Packed: writes the handshake of the next slot.
     pub(crate) fn mark(&self, bus: &mut Bus, word: Handshake) {
-        let at = self.slot(self.setup.desc, self.used).wrapping_add(packed::HANDSHAKE as u64);
+        let at = slot(self.setup.desc, self.used).wrapping_add(packed::HANDSHAKE as u64);
         bus.store(None, at, word.into_bits()).unwrap();
     }
 

@@ -22,11 +22,20 @@ pub(crate) struct Wire(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     pairs: Vec<Cable>,
-    /// The device finishes checksums and segments before it sends.
-    finishing: bool,
-    echo: bool,
+    far_end: FarEnd,
     blocked: bool,
     up: bool,
+}
+
+/// What becomes of frames that the port sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FarEnd {
+    /// They are recorded as they are.
+    Records,
+    /// They are recorded as they would travel: the device completes checksums and cuts segments before.
+    RecordsFinished,
+    /// They arrive again.
+    Echoes,
 }
 
 #[derive(Debug, Default)]
@@ -38,23 +47,22 @@ struct Cable {
 impl Wire {
     /// One that records what is sent.
     pub(crate) fn new(pairs: usize) -> Self {
-        let pairs = (0..pairs).map(|_| Cable::default()).collect();
-        let state = State { pairs, finishing: false, echo: false, blocked: false, up: true };
-        Self(Arc::new(Mutex::new(state)))
+        Self::with(pairs, FarEnd::Records)
     }
 
     /// One that records what is sent as it would travel: the device completes checksums and cuts segments before.
     pub(crate) fn finishing(pairs: usize) -> Self {
-        let wire = Self::new(pairs);
-        wire.state().finishing = true;
-        wire
+        Self::with(pairs, FarEnd::RecordsFinished)
     }
 
     /// One on which everything that is sent arrives again.
     pub(crate) fn echo(pairs: usize) -> Self {
-        let wire = Self::new(pairs);
-        wire.state().echo = true;
-        wire
+        Self::with(pairs, FarEnd::Echoes)
+    }
+
+    fn with(pairs: usize, far_end: FarEnd) -> Self {
+        let pairs = (0..pairs).map(|_| Cable::default()).collect();
+        Self(Arc::new(Mutex::new(State { pairs, far_end, blocked: false, up: true })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -132,14 +140,12 @@ impl End {
 impl Peer for End {
     fn transmit(&mut self, frame: Frame<'_>) -> bool {
         let mut state = self.wire.state();
-        let echo = state.echo;
+        let (echoes, blocked) = (state.far_end == FarEnd::Echoes, state.blocked);
         let cable = &mut state.pairs[self.pair];
-        let to = if echo { &mut cable.arriving } else { &mut cable.sent };
-        let room = to.len() < ROOM && !state.blocked;
+        let to = if echoes { &mut cable.arriving } else { &mut cable.sent };
+        let room = to.len() < ROOM && !blocked;
         if room {
-            let frame = OnWire { bytes: frame.bytes.to_vec(), offload: frame.offload };
-            let cable = &mut state.pairs[self.pair];
-            if echo { &mut cable.arriving } else { &mut cable.sent }.push_back(frame);
+            to.push_back(OnWire { bytes: frame.bytes.to_vec(), offload: frame.offload });
         }
         room
     }
@@ -154,7 +160,7 @@ impl Peer for End {
     }
 
     fn carries_offloads(&self) -> bool {
-        !self.wire.state().finishing
+        self.wire.state().far_end != FarEnd::RecordsFinished
     }
 
     fn counters(&self) -> Arc<PeerCounters> {
