@@ -138,8 +138,7 @@ impl<T> PackedQueue<T> {
             }
             most
         });
-        let count = taken as u16;
-        let state = &mut self.state;
+        let (count, state) = (taken as u16, &mut self.state);
         state.used.advance(count, self.size);
         if in_order {
             state.oldest = if oldest + taken == size { 0 } else { state.oldest + count };
@@ -389,7 +388,6 @@ impl<T> Virtqueue for PackedQueue<T> {
         let added = self.shadow.lend(|shadow| {
             let mut added = 0;
             while added < most {
-                // Up to the ring's end: so nothing turns round on the way.
                 let Place { at, wrap } = place;
                 for (n, descriptor) in (at..).zip(ring[at.into()..].iter().take((most - added).into())) {
                     let Some((token, buffer)) = next() else { return added };
