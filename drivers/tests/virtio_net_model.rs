@@ -458,7 +458,7 @@ fn queues_are_reset_one_by_one() {
 fn threads_and_resets_under_load() {
     let model = VirtioNetModel::new(Profile { peer: PeerSpec::Loop, ..pairs(2) }).unwrap();
     let mut rig = Rig::run_by(model, Run::Threads { cores: Vec::new() });
-    for round in 0..20 {
+    for round in 0..12 {
         let features = IN_ORDER | if round % 2 == 0 { PACKED } else { 0 };
         let (mut queues, _) = rig.start(features, 1, 64);
         let (rx, tx) = &mut queues[0];

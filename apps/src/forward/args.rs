@@ -41,9 +41,9 @@ pub(crate) struct Args {
     /// Bytes of generated packets, from the Ethernet header on, without the checksum at their end
     #[arg(long, default_value_t = 64, value_parser = packet_size, value_name = "BYTES")]
     pub(crate) packet_size: usize,
-    /// Flows that flowgen makes in each queue, with a destination address each
-    #[arg(long, default_value_t = 1024, value_parser = positive::<u16>)]
-    pub(crate) flows: u16,
+    /// Flows that flowgen makes in each queue, with a destination address each [default: 1024]
+    #[arg(long, value_parser = positive::<u16>)]
+    pub(crate) flows: Option<u16>,
     /// The station that packets of a port go to, in the modes mac, txonly and flowgen: 1,02:00:00:00:00:01
     /// [default: 02:00:00:00:00:00 with the port's number in its end]
     #[arg(long, value_name = "PORT,MAC", value_parser = eth_peer)]

@@ -43,6 +43,9 @@ use crate::interrupt::Stop;
 /// How long a run without `--port` takes, unless told otherwise.
 const USUAL: Duration = Duration::from_secs(5);
 
+/// Flows that flowgen makes, as testpmd.
+const FLOWS: u16 = 1024;
+
 /// How often the command looks how its workers are doing.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -265,7 +268,7 @@ fn work(args: &Args, ports: &Ports, port: usize, target: usize) -> anyhow::Resul
         Mode::Macswap => Work::SwapMacs,
         Mode::Rxonly => Work::Drop,
         Mode::Txonly => Work::Generate(generator(1)?),
-        Mode::Flowgen => Work::GenerateAndDrop(generator(args.flows)?),
+        Mode::Flowgen => Work::GenerateAndDrop(generator(args.flows.unwrap_or(FLOWS))?),
         Mode::Icmpecho => Work::Answer(source),
     })
 }

@@ -30,11 +30,11 @@ pub(super) struct Ports {
 
 /// The addresses that are opened when none is given: two software ports, each with what suits the mode at its other end.
 pub(super) fn usual(args: &Args) -> Vec<String> {
-    let Args { queues, packet_size, flows, .. } = args;
+    let Args { queues, packet_size, .. } = args;
     let peer = match args.mode {
         Mode::Txonly => "sink".to_owned(),
         Mode::Flowgen => "loop".to_owned(),
-        _ => format!("generator,size={packet_size},flows={flows}"),
+        _ => format!("generator,size={packet_size}"),
     };
     let mtu = args.mtu.map(|mtu| format!(",mtu={mtu}")).unwrap_or_default();
     vec![format!("{SOFTWARE},queues={queues}{mtu},peer={peer}"); 2]

@@ -331,7 +331,7 @@ impl Rig {
         device.set_bus_master(true).unwrap();
         let ioas = iommu.alloc_ioas().unwrap();
         let attachment = ioas.attach(&device, None).unwrap();
-        let region = Region::builder(16 << 20).build().unwrap();
+        let region = Region::builder(4 << 20).build().unwrap();
         let mapping = ioas.map(&region, Access::READ_WRITE).unwrap();
         let memory =
             Memory { bytes: DmaBuf::new(Arc::clone(&region)).unwrap(), base: mapping.iova().get(), next: 0 };

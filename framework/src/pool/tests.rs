@@ -310,13 +310,19 @@ fn packets_are_taken_here_and_freed_there() {
         let (tx, rx) = ring::mpmc(128);
         let (left, sum) = (AtomicU64::new(2 * EACH), AtomicU64::new(0));
         thread::scope(|scope| {
-            scope.spawn(|| send(&pool, &tx, 0..EACH));
-            scope.spawn(|| send(&pool, &tx, EACH..2 * EACH));
-            scope.spawn(|| receive(&rx, &left, &sum));
-            scope.spawn(|| {
-                let _slot = Slot::claim();
-                receive(&rx, &left, &sum);
-            });
+            let threads = [
+                scope.spawn(|| send(&pool, &tx, 0..EACH)),
+                scope.spawn(|| send(&pool, &tx, EACH..2 * EACH)),
+                scope.spawn(|| receive(&rx, &left, &sum)),
+                scope.spawn(|| {
+                    let _slot = Slot::claim();
+                    receive(&rx, &left, &sum);
+                }),
+            ];
+            // ThreadSanitizer does not see that a scope waits.
+            for thread in threads {
+                thread.join().unwrap();
+            }
         });
         assert_eq!(sum.into_inner(), (0..2 * EACH).sum());
         assert_eq!(pool.outstanding(), 0);

@@ -23,7 +23,7 @@ struct Refused;
 
 /// Serves the commands that are there. Returns whether there were any.
 pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Result<bool, Broken> {
-    let index = device.index(Role::Control).unwrap_or_default();
+    let index = device.index(Role::Control);
     if !device.has_available(bus, queue, index)? {
         return Ok(false);
     }
@@ -139,7 +139,7 @@ fn execute(device: &Device, bytes: &[u8]) -> Result<(), Refused> {
         _ => return Err(Refused),
     }
     device.set_rules(rules);
-    device.wait_for_others(0);
+    device.wait_for_others(Some(0));
     Ok(())
 }
 

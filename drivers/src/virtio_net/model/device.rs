@@ -122,8 +122,11 @@ impl Device {
         self.status() & (WANTED | UNWANTED) == WANTED && self.bus_master.load(Ordering::Relaxed)
     }
 
+    /// Allows DMA, or not: when this returns there is none any more.
     pub(super) fn set_bus_master(&self, on: bool) {
-        self.bus_master.store(on, Ordering::Release);
+        if self.bus_master.swap(on, Ordering::AcqRel) && !on {
+            self.wait_for_others(None);
+        }
     }
 
     pub(super) fn features(&self) -> Features {
@@ -201,32 +204,36 @@ impl Device {
     }
 
     /// Returns when all engines but `own` have ended the steps that they are in.
-    pub(super) fn wait_for_others(&self, own: u16) {
-        for pair in (0..self.profile.queue_pairs).filter(|pair| *pair != own) {
+    pub(super) fn wait_for_others(&self, own: Option<u16>) {
+        for pair in (0..self.profile.queue_pairs).filter(|pair| Some(*pair) != own) {
             self.with_core(pair, |_| ());
         }
     }
 
-    /// What queue `index` is for, as negotiated.
-    pub(super) fn role(&self, index: u16) -> Option<Role> {
-        let features = self.features();
-        let many = features.intersects(Features::MQ | Features::RSS);
-        let pairs = if many { self.profile.queue_pairs } else { 1 };
-        if index / 2 < pairs {
-            let pair = index / 2;
-            return Some(if index == net::receive_queue(pair) {
-                Role::Receive(pair)
-            } else {
-                Role::Transmit(pair)
-            });
-        }
-        let control = features.contains(Features::CTRL_VQ) && Some(index) == net::control_queue(pairs);
-        control.then_some(Role::Control)
+    /// Queue pairs that there are, as negotiated.
+    fn pairs(&self) -> u16 {
+        let many = self.features().intersects(Features::MQ | Features::RSS);
+        if many { self.profile.queue_pairs } else { 1 }
     }
 
-    /// The inverse of [`role`](Self::role).
-    pub(super) fn index(&self, role: Role) -> Option<u16> {
-        (0..self.profile.queues() as u16).find(|index| self.role(*index) == Some(role))
+    /// What queue `index` is for, as negotiated.
+    pub(super) fn role(&self, index: u16) -> Option<Role> {
+        let (pairs, pair) = (self.pairs(), index / 2);
+        if pair < pairs {
+            let receives = index == net::receive_queue(pair);
+            return Some(if receives { Role::Receive(pair) } else { Role::Transmit(pair) });
+        }
+        let there = self.features().contains(Features::CTRL_VQ) && Some(index) == net::control_queue(pairs);
+        there.then_some(Role::Control)
+    }
+
+    /// The queue that has this role.
+    pub(super) fn index(&self, role: Role) -> u16 {
+        match role {
+            Role::Receive(pair) => net::receive_queue(pair),
+            Role::Transmit(pair) => net::transmit_queue(pair),
+            Role::Control => net::control_queue(self.pairs()).unwrap_or(u16::MAX),
+        }
     }
 
     /// Makes a queue live.

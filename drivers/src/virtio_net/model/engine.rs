@@ -150,7 +150,7 @@ impl Core {
     /// The driver broke a rule on that queue.
     #[cold]
     fn broke(&self, role: Role, broken: Broken) -> bool {
-        self.device.violated(self.device.index(role), broken);
+        self.device.violated(Some(self.device.index(role)), broken);
         true
     }
 }

@@ -93,7 +93,11 @@ impl Packed {
         Ok(self.current(bus)?.is_some())
     }
 
-    #[inline]
+    #[allow(
+        clippy::inline_always,
+        reason = "a chain that is returned through memory stalls its first reader"
+    )]
+    #[inline(always)]
     pub(super) fn take(
         &mut self,
         bus: &mut Bus,

@@ -88,6 +88,12 @@ pub trait Peer: Send {
         false
     }
 
+    /// Whether all frames of a flow come to the same queue pair. The device then leaves a flow there until the driver sends
+    /// some of it on another; those of other peers it spreads.
+    fn sorts_flows(&self) -> bool {
+        false
+    }
+
     /// What it counts.
     fn counters(&self) -> Arc<PeerCounters>;
 }

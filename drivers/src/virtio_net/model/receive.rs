@@ -31,6 +31,8 @@ pub(super) struct Receiver {
     waiting: Option<Held>,
     /// Frames of this engine's own peer that there was no room for where they go, the oldest first.
     backlog: VecDeque<Held>,
+    /// The queue of flows of which nothing is known, if they are not to be spread.
+    usual: Option<u16>,
     spare: Vec<Held>,
 }
 
@@ -42,6 +44,7 @@ impl Receiver {
             chains: Vec::with_capacity(64),
             waiting: None,
             backlog: VecDeque::new(),
+            usual: None,
             spare: Vec::new(),
         }
     }
@@ -72,6 +75,7 @@ impl Receiver {
             _ => !mine,
         };
         if ready {
+            self.usual = peer.sorts_flows().then_some(pair);
             worked |= self.empty_inbox(context, mine)?;
             worked |= self.receive(context, peer)?;
         }
@@ -163,7 +167,8 @@ impl Receiver {
     #[inline]
     fn route(&mut self, context: &mut Context<'_>, frame: Frame<'_>) -> Result<bool, Broken> {
         let (device, pair) = (context.device, context.pair);
-        let Some(way) = context.rules.route(frame.bytes, &device.flows, device.receiving()) else {
+        let Some(way) = context.rules.route(frame.bytes, &device.flows, device.receiving(), self.usual)
+        else {
             device.add(pair, Count::RxFiltered, 1);
             return Ok(true);
         };

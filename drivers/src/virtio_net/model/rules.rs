@@ -133,9 +133,15 @@ impl Rules {
     }
 
     /// Whether the frame is received at all, and if so where. `receiving` has a bit for each receive queue that is there.
-    /// `None`: the filters keep it out.
+    /// A flow of which nothing is known goes to `usual`, if that is given. `None`: the filters keep it out.
     #[inline]
-    pub(super) fn route(&self, frame: &[u8], flows: &Flows, receiving: u32) -> Option<Way> {
+    pub(super) fn route(
+        &self,
+        frame: &[u8],
+        flows: &Flows,
+        receiving: u32,
+        usual: Option<u16>,
+    ) -> Option<Way> {
         let plain = self.filter.promiscuous && self.hash_types == 0 && self.steering == Steering::First;
         if plain {
             return Some(Way { queue: (receiving & 1 != 0).then_some(0), hash: None });
@@ -150,7 +156,7 @@ impl Rules {
             Steering::First => Some(0).filter(is_there),
             Steering::Flows(pairs) => {
                 // "The device SHOULD re-select another random queue."
-                let wanted = flows.queue(frame, &headers, *pairs);
+                let wanted = flows.queue(frame, &headers, *pairs, usual);
                 (0..*pairs).map(|n| (wanted + n) % *pairs).find(is_there)
             }
             Steering::Table { entries, unclassified } => {
@@ -243,10 +249,10 @@ impl Flows {
         }
     }
 
-    fn queue(&self, frame: &[u8], headers: &Headers, pairs: u16) -> u16 {
+    fn queue(&self, frame: &[u8], headers: &Headers, pairs: u16, usual: Option<u16>) -> u16 {
         let flow = flow(frame, headers);
         let queue = self.0[flow].load(Ordering::Relaxed);
-        if queue < pairs { queue } else { flow as u16 % pairs }
+        if queue < pairs { queue } else { usual.unwrap_or(flow as u16) % pairs }
     }
 }
 

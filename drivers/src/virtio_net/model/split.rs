@@ -111,7 +111,11 @@ impl Split {
         Ok(true)
     }
 
-    #[inline]
+    #[allow(
+        clippy::inline_always,
+        reason = "a chain that is returned through memory stalls its first reader"
+    )]
+    #[inline(always)]
     pub(super) fn take(
         &mut self,
         bus: &mut Bus,

@@ -31,6 +31,15 @@ pub(super) struct Transmitter {
     refused: Option<Refused>,
 }
 
+/// What becomes of a frame.
+enum Fate {
+    /// It is sent as it is.
+    Send,
+    /// Its header asks for something.
+    Ask,
+    Drop(Count),
+}
+
 struct Refused {
     chain: Chain,
     offload: Offload,
@@ -79,7 +88,13 @@ impl Transmitter {
                 return Err(Broken::Rule("a frame was sent on a queue pair that is not in use"));
             }
             bytes += chain.readable as usize;
+            let range = rules.header_len..chain.readable as usize;
             let offload = match fetch(context, &self.segments, &chain, &mut self.bytes)? {
+                Fate::Send => Ok(Offload::default()),
+                Fate::Ask => offload(&self.bytes[..range.end], rules)?,
+                Fate::Drop(count) => Err(count),
+            };
+            let offload = match offload {
                 Ok(offload) => offload,
                 Err(count) => {
                     device.add(pair, count, 1);
@@ -88,7 +103,6 @@ impl Transmitter {
                     continue;
                 }
             };
-            let range = rules.header_len..chain.readable as usize;
             let frame = Frame { bytes: &self.bytes[range.clone()], offload };
             if matches!(rules.steering, Steering::Flows(_)) {
                 device.flows.learn(frame.bytes, pair);
@@ -115,22 +129,21 @@ impl Transmitter {
     }
 }
 
-/// Gets a frame into `bytes`, with its header in front, and what is asked for it. Where that can not be done, the fault
-/// may be the packet's and not the driver's: it is dropped and counted.
+/// Gets a frame into `bytes`, with its header in front.
 #[inline]
 fn fetch(
     context: &mut Context<'_>,
     segments: &[Segment],
     chain: &Chain,
     bytes: &mut [u8],
-) -> Result<Result<Offload, Count>, Broken> {
+) -> Result<Fate, Broken> {
     let rules = context.rules;
     let len = chain.readable as usize;
     if len < rules.header_len {
         return Err(Broken::Rule("a buffer to send is shorter than its header"));
     }
     if len - rules.header_len > MAX_FRAME {
-        return Ok(Err(Count::TxOversize));
+        return Ok(Fate::Drop(Count::TxOversize));
     }
     let mut at = 0;
     for segment in &segments[..chain.reads.into()] {
@@ -139,26 +152,20 @@ fn fetch(
         at = end;
     }
     let (header, frame) = bytes[..len].split_at(rules.header_len);
-    let asks_nothing = header.starts_with(&[0, 0]) && header[NUM_BUFFERS..].starts_with(&[0, 0]);
-    if !context.device.link_is_up() {
-        return Ok(Err(Count::TxLinkDown));
-    }
-    if frame.len() < MIN_FRAME {
-        return Ok(Err(Count::TxRunts));
-    }
-    if !asks_nothing {
-        let header = Header::read_from_prefix(header).map(|(header, _)| header).unwrap_or_default();
-        check_header(&header, rules.features)?;
-        return Ok(offload(&header, frame, rules));
-    }
-    if frame.len() > rules.max_frame {
-        return Ok(Err(Count::TxOversize));
-    }
-    Ok(Ok(Offload::default()))
+    Ok(if !context.device.link_is_up() {
+        Fate::Drop(Count::TxLinkDown)
+    } else if frame.len() < MIN_FRAME {
+        Fate::Drop(Count::TxRunts)
+    } else if header[..NUM_BUFFERS + 2] != [0; NUM_BUFFERS + 2] {
+        Fate::Ask
+    } else if frame.len() > rules.max_frame {
+        Fate::Drop(Count::TxOversize)
+    } else {
+        Fate::Send
+    })
 }
 
 /// The rules of the header that hold whatever the frame is.
-#[inline(never)]
 fn check_header(header: &Header, features: Features) -> Result<(), Broken> {
     let rule = |rule| Err(Broken::Rule(rule));
     let needs_checksum = header.flags & header_flag::NEEDS_CSUM != 0;
@@ -189,9 +196,17 @@ fn check_header(header: &Header, features: Features) -> Result<(), Broken> {
     Ok(())
 }
 
-/// What is asked for the frame, if it can be done.
+/// What is asked for the frame behind its header. Where that can not be done, the fault may be the packet's and not the
+/// driver's: it is dropped and counted.
 #[inline(never)]
-fn offload(header: &Header, frame: &[u8], rules: &Rules) -> Result<Offload, Count> {
+fn offload(bytes: &[u8], rules: &Rules) -> Result<Result<Offload, Count>, Broken> {
+    let (header, frame) = bytes.split_at(rules.header_len);
+    let header = Header::read_from_prefix(header).map(|(header, _)| header).unwrap_or_default();
+    check_header(&header, rules.features)?;
+    Ok(asked(&header, frame, rules))
+}
+
+fn asked(header: &Header, frame: &[u8], rules: &Rules) -> Result<Offload, Count> {
     let mut offload = Offload::default();
     if header.flags & header_flag::NEEDS_CSUM != 0 {
         let field = usize::from(header.csum_start) + usize::from(header.csum_offset);

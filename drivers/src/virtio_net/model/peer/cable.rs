@@ -173,6 +173,10 @@ impl Peer for Cable {
         self.plug.state().is_up()
     }
 
+    fn sorts_flows(&self) -> bool {
+        true
+    }
+
     fn carries_offloads(&self) -> bool {
         true
     }

@@ -151,6 +151,10 @@ impl Peer for Generator {
         Some(Frame::finished(bytes))
     }
 
+    fn sorts_flows(&self) -> bool {
+        true
+    }
+
     fn carries_offloads(&self) -> bool {
         true
     }
