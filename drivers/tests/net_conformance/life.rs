@@ -67,7 +67,7 @@ pub(super) fn it_starts_and_stops_with_other_configurations(kind: &Kind) {
             let frame = numbered(n as u16, 7, 500);
             bench.send(&mut *started.tx[n], [packet(&pool, &frame)]);
             bench.flush(&mut *started.tx[n]);
-            let back = bench.drain(&mut started.rx);
+            let back = bench.drain(&mut started.rx, 1);
             assert_eq!(back.len(), 1, "{queues} queues, depth {depth}");
             assert_eq!(contents(&back[0]), frame);
             assert_eq!(back[0].port(), config.port);
@@ -213,7 +213,7 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
         let mut packets = burst((0..5).map(|n| packet(&pool, &numbered(1, n, 100))));
         started.tx[0].tx_burst(&mut packets);
         drop(packets);
-        bench.drain(&mut started.rx);
+        bench.drain(&mut started.rx, 0);
         assert_eq!((started.rx[0].state(), started.tx[0].state()), (State::Running, State::Running));
         bench.wire.set_link(true);
         until("the link goes up", || {
@@ -221,7 +221,7 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
             bench.port.link().up
         });
         bench.flush(&mut *started.tx[0]);
-        bench.drain(&mut started.rx);
+        bench.drain(&mut started.rx, 0);
         bench.works(&mut started, &pool);
     }
     bench.stop(started, &[&pool]);
@@ -381,7 +381,7 @@ pub(super) fn a_panic_gives_the_queues_back(kind: &Kind) {
     assert_eq!(pool.available(), pool.capacity(), "buffers are lost");
     let mut started = bench.start(&config(&pool));
     bench.wire.block(false);
-    bench.drain(&mut started.rx);
+    bench.drain(&mut started.rx, 0);
     bench.works(&mut started, &pool);
     bench.stop(started, &[&pool]);
 }
