@@ -25,8 +25,8 @@ const REFILL: u16 = 32;
 /// Buffers taken from the pool at a time.
 const FRESH: usize = 64;
 
-/// Polls after which a pool that had nothing is asked again.
-const RETRY: u8 = 8;
+/// Polls that go by before a pool that had too little is asked again.
+const RETRY: u8 = 3;
 
 /// How long a waiting queue goes without looking whether its port wants it back.
 const LOOK: Duration = Duration::from_millis(50);
