@@ -1,6 +1,9 @@
 //! loom runs each of these in every order that the memory model allows, and fails if a slot is ever used by two threads
 //! at once, or by one that does not see what the last one did. Items are boxes: to lose or to double one is an error too.
 //! Rings are small, so that positions wrap around within few operations.
+//!
+//! loom decides what to try from the last access to a word alone. So whoever reads what others publish is the thread that is
+//! made last: otherwise its load is hidden by a later one, and some orders are never tried.
 
 use loom::model::Builder;
 use loom::thread;
@@ -84,8 +87,12 @@ fn loom_mpmc_two_producers() {
             let tx = tx.clone();
             thread::spawn(move || assert!(tx.push_bulk(&mut burst(first..first + 2), 2)))
         });
-        let mut items = Burst::with_capacity(4);
-        rx.pop_burst(&mut items);
+        let consumer = thread::spawn(move || {
+            let mut items = Burst::with_capacity(4);
+            rx.pop_burst(&mut items);
+            (rx, items)
+        });
+        let (rx, mut items) = consumer.join().unwrap();
         for producer in producers {
             producer.join().unwrap();
         }
