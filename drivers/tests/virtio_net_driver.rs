@@ -10,7 +10,8 @@ use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::net::headers::{Flow, Headers, L4Checksum};
 use underpass::net::toeplitz::Toeplitz;
 use underpass::net::{
-    Config, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values, checksum,
+    Config, DeviceDrops, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values,
+    checksum,
 };
 use underpass::pci::{PciDevice, Run};
 use underpass::{Burst, Checksum, ErrorKind, Packet, Pool, Transport, TxOffload};
@@ -822,6 +823,38 @@ fn frames_that_are_too_long_or_too_short_are_not_received() {
     assert_eq!(values.runts + rig.control.count(Count::RxOversize), 1, "the model lets runts through");
     drop(queues);
     rig.finish();
+}
+
+#[test]
+fn the_device_tells_what_it_dropped() {
+    for (name, profile) in flavours() {
+        let (mut rig, wire) = wired(profile.clone());
+        assert_eq!(rig.port.device_drops().unwrap(), None, "{name}: it is stopped");
+        let mut queues = rig.start(&rig.config());
+        assert_eq!(rig.port.device_drops().unwrap(), Some(DeviceDrops::default()), "{name}");
+        for len in [9000, 1519, 1000, 1520] {
+            wire.arrive(&frame(0, len));
+        }
+        assert_eq!(queues.receive(0, 1)[0].len(), 1000);
+        queues.nothing(0);
+        rig.control.set_link(false);
+        queues.send(0, vec![rig.packet(&frame(1, 100)), rig.packet(&frame(2, 100))]);
+        assert_eq!(rig.port.device_drops().unwrap(), Some(DeviceDrops { rx: 3, tx: 2 }), "{name}");
+        assert_eq!(
+            rig.rx_values(0).dropped() + rig.tx_values(0).dropped(),
+            0,
+            "the driver knows nothing of it"
+        );
+        drop(queues);
+        rig.finish();
+
+        let features = profile.features - Features::DEVICE_STATS;
+        let (mut rig, _) = wired(Profile { features, ..profile });
+        let queues = rig.start(&rig.config());
+        assert_eq!(rig.port.device_drops().unwrap(), None, "{name}: it does not count");
+        drop(queues);
+        rig.finish();
+    }
 }
 
 #[test]
