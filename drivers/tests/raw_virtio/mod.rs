@@ -567,7 +567,7 @@ impl Rig {
             panic!("no answer: {:?}", self.control.violation())
         };
         let (answer, result) =
-            self.memory.bytes[at + bytes.len()..][..1 + room].split_at(1.min(written as usize));
+            self.memory.bytes[at + bytes.len()..][..=room].split_at(1.min(written as usize));
         let (result, untouched) = result.split_at(written as usize - 1);
         assert!(untouched.iter().all(|byte| *byte == 0xaa), "more was written than said");
         (answer[0], result.to_vec())
