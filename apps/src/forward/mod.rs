@@ -188,11 +188,13 @@ fn forward(
     watch(args, &ports.ports, &workers, &places, &run, stop, show_rates);
     run.end();
     let joined: Result<Vec<()>, Error> = workers.into_iter().map(Worker::join).collect();
+    let dropped = ports.device_drops();
     let stopped = ports.stop();
     let captured = capture.map(Capture::finish).transpose()?;
 
     let results: Vec<_> = places.iter().map(|(place, counts)| place.result(&counts.tally())).collect();
     let mut report = Report::new(args.mode, args.burst, run.time().as_secs_f64(), &ports.ports, &results);
+    report.add_device_drops(&dropped);
     report.small_pages = ports.pools.iter().map(|pool| copy::small_pages(pool.region())).sum();
     report.capture = args.pcap.as_ref().zip(captured).map(|(path, captured)| CaptureReport {
         file: path.display().to_string(),

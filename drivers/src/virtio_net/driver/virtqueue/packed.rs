@@ -107,13 +107,13 @@ impl State {
     }
 }
 
-/// Id and length of the buffer that the device used here, if it has. A length without [`WRITE`] means nothing.
+/// Id and length of the buffer that the device used here, if it has. Whether it says [`WRITE`] again is not looked at: QEMU's
+/// devices leave it out, and what the buffer was posted for is known here.
 #[inline]
 fn used([_, handshake]: &[AtomicU64; 2], wrap: bool) -> Option<(u32, u32)> {
     // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
     let word = Handshake::from_bits(handshake.load(Ordering::Acquire));
-    let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
-    word.is_used(wrap).then_some((word.id().into(), len))
+    word.is_used(wrap).then_some((word.id().into(), word.len()))
 }
 
 impl<T> PackedQueue<T> {
@@ -133,8 +133,8 @@ impl<T> PackedQueue<T> {
                 if in_order && id as usize != oldest + n {
                     return n;
                 }
-                let Some(token) = shadow.take_plain(id, len) else { return n };
-                each(token, len);
+                let Some((token, written)) = shadow.take_plain(id, len) else { return n };
+                each(token, written);
             }
             most
         });

@@ -45,6 +45,12 @@ pub(super) fn writable(buffers: &[Buffer]) -> u32 {
     buffers.iter().filter(|b| b.write).fold(0, |sum: u32, b| sum.saturating_add(b.len))
 }
 
+/// The bytes that the device says to have written: of a buffer that it only reads it has nothing to say.
+#[inline]
+fn written(posted: Posted, len: u32) -> u32 {
+    if posted.writable == 0 { 0 } else { len }
+}
+
 impl<T> Shadow<T> {
     pub(super) fn new(size: u16) -> Self {
         let none = Posted { writable: 0, descriptors: 0, position: 0 };
@@ -132,30 +138,30 @@ impl<T> Lent<'_, T> {
     /// The common case of [`take`](Self::take): a buffer of one descriptor with which all is well. Of any other `None`, and
     /// it stays.
     #[inline]
-    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<T> {
+    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<(T, u32)> {
         let slot = self.slots.get_mut(id as usize)?;
-        if slot.posted.descriptors != 1 || len > slot.posted.writable {
+        let written = written(slot.posted, len);
+        if slot.posted.descriptors != 1 || written > slot.posted.writable {
             return None;
         }
         let token = slot.token.take()?;
         self.free_id(id as u16);
-        Some(token)
+        Some((token, written))
     }
 
-    /// The same for a buffer that was used as a whole, and its length.
+    /// The same for a buffer that was used as a whole.
     #[inline]
     pub(super) fn take_whole(&mut self, id: u16) -> Option<(T, u32)> {
         let writable = self.slots.get(usize::from(id))?.posted.writable;
-        Some((self.take_plain(id.into(), writable)?, writable))
+        self.take_plain(id.into(), writable)
     }
 
-    /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes. Of a buffer that
-    /// it only reads it has nothing to say about that.
+    /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes.
     #[inline]
     pub(super) fn take(&mut self, id: u32, len: u32) -> Result<Used<T>, Broken> {
         let slot = self.slots.get_mut(id as usize).ok_or(Broken::ID_OUT_OF_RANGE)?;
         let Posted { writable, descriptors, .. } = slot.posted;
-        let written = if writable == 0 { 0 } else { len };
+        let written = written(slot.posted, len);
         if written > writable {
             return Err(Broken::TOO_LONG);
         }

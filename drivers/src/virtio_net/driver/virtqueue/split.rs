@@ -85,8 +85,12 @@ impl<T> SplitQueue<T> {
         let state = &mut self.state;
         // Acquire: pairs with the device's Release of the used index, after the elements and what it wrote to buffers.
         let used = self.used.word(IDX, 0).load(Ordering::Acquire);
-        if used.wrapping_sub(state.taken) > state.published.wrapping_sub(state.taken) {
+        let ready = used.wrapping_sub(state.taken);
+        if ready > state.published.wrapping_sub(state.taken) {
             return Err(Broken::INDEX);
+        }
+        if ready < state.used.wrapping_sub(state.taken) {
+            return Err(Broken::BACK);
         }
         state.used = used;
         Ok(())
@@ -115,8 +119,8 @@ impl<T> SplitQueue<T> {
                 if in_order && id as usize != oldest + n {
                     return n;
                 }
-                let Some(token) = shadow.take_plain(id, len) else { return n };
-                each(token, len);
+                let Some((token, written)) = shadow.take_plain(id, len) else { return n };
+                each(token, written);
             }
             most
         });
