@@ -217,9 +217,9 @@ fn isolated(stage: &Stage, chains: &[Chain], closed: usize) {
         wrote.is_err_and(|fault| fault.reason == FaultReason::NotLeased)
     });
     let refused = refused.count();
-    // Those that were dropped may have gone back to the device already.
+    // One that was dropped is closed, too.
     assert!(
-        refused >= closed && refused <= closed + 2,
+        refused >= closed && refused <= closed + 1,
         "{refused} are closed to the device, {closed} were received"
     );
 }
@@ -383,7 +383,9 @@ fn headers_can_be_anything() {
             let bytes = headed(header, &frame);
             stage.with_bus(|bus| chain.write(bus, &bytes)).unwrap();
             stage.on_rx(|ring, bus| ring.give(bus, &chain, bytes.len() as u32));
-            for packet in stage.receive() {
+            let received = stage.receive();
+            assert!(received.is_empty() || turn % 8 != 0, "a packet of no buffers");
+            for packet in received {
                 // Of several buffers the later ones have headers of their own in them: no frame of ours.
                 if packet.next().is_none() {
                     assert_eq!(identify(packet.data()), (1, turn));

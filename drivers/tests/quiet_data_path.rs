@@ -326,7 +326,7 @@ fn quiet_packets(address: &str, offloads: Offloads) {
 }
 
 #[test]
-fn the_packet_path_and_its_software_device_are_quiet() {
+fn the_packet_path_is_quiet() {
     let all = Offloads::RX_CHECKSUM | Offloads::TX_CHECKSUM | Offloads::RX_SCATTER | Offloads::TX_VLAN;
     for ring in ["split", "packed"] {
         for offloads in [Offloads::NONE, all] {

@@ -1,6 +1,6 @@
 //! A port's life: what it says it can do, starting, stopping, breaking down, and being dropped in any order.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use underpass::net::{Config, Link, MacAddr, Offloads, Rss, State};
@@ -67,7 +67,7 @@ pub(super) fn it_starts_and_stops_with_other_configurations(kind: &Kind) {
             let frame = numbered(n as u16, 7, 500);
             bench.send(&mut *started.tx[n], [packet(&pool, &frame)]);
             bench.flush(&mut *started.tx[n]);
-            let back = bench.drain(&mut started.rx);
+            let back = bench.drain(&mut started.rx, 1);
             assert_eq!(back.len(), 1, "{queues} queues, depth {depth}");
             assert_eq!(contents(&back[0]), frame);
             assert_eq!(back[0].port(), config.port);
@@ -213,7 +213,7 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
         let mut packets = burst((0..5).map(|n| packet(&pool, &numbered(1, n, 100))));
         started.tx[0].tx_burst(&mut packets);
         drop(packets);
-        bench.drain(&mut started.rx);
+        bench.drain(&mut started.rx, 0);
         assert_eq!((started.rx[0].state(), started.tx[0].state()), (State::Running, State::Running));
         bench.wire.set_link(true);
         until("the link goes up", || {
@@ -221,7 +221,7 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
             bench.port.link().up
         });
         bench.flush(&mut *started.tx[0]);
-        bench.drain(&mut started.rx);
+        bench.drain(&mut started.rx, 0);
         bench.works(&mut started, &pool);
     }
     bench.stop(started, &[&pool]);
@@ -245,14 +245,14 @@ pub(super) fn waiting_ends_with_a_packet_or_in_time(kind: &Kind) {
         let waited = begin.elapsed();
         assert!(waited >= Duration::from_millis(15) && waited < PATIENCE, "{waited:?}");
         // Sent while it sleeps; somebody must run the device then.
-        let over = AtomicUsize::new(0);
+        let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let sender = scope.spawn(|| {
                 std::thread::sleep(Duration::from_millis(10));
                 (0..3).for_each(|n| bench.wire.send(0, numbered(round, n, 100)));
                 until("it wakes up", || {
                     bench.taps.step();
-                    over.load(Ordering::Relaxed) != 0
+                    over.load(Ordering::Relaxed)
                 });
             });
             let begin = Instant::now();
@@ -262,7 +262,8 @@ pub(super) fn waiting_ends_with_a_packet_or_in_time(kind: &Kind) {
                 assert!(begin.elapsed() < PATIENCE / 2, "it slept over a packet");
                 rx.rx_burst(&mut received);
             }
-            over.store(1, Ordering::Relaxed);
+            over.store(true, Ordering::Relaxed);
+            sender.join().unwrap();
             let numbers: Vec<_> = received.iter().map(|packet| identify(packet.data())).collect();
             assert_eq!(numbers, [(round, 0), (round, 1), (round, 2)]);
         });
@@ -381,7 +382,7 @@ pub(super) fn a_panic_gives_the_queues_back(kind: &Kind) {
     assert_eq!(pool.available(), pool.capacity(), "buffers are lost");
     let mut started = bench.start(&config(&pool));
     bench.wire.block(false);
-    bench.drain(&mut started.rx);
+    bench.drain(&mut started.rx, 0);
     bench.works(&mut started, &pool);
     bench.stop(started, &[&pool]);
 }

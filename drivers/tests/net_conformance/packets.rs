@@ -131,7 +131,7 @@ pub(super) fn a_full_ring_keeps_order_and_loses_nothing(kind: &Kind) {
     assert!(full > 0, "the ring was never full");
     bench.wire.block(false);
     bench.flush(&mut *started.tx[0]);
-    assert_eq!(bench.drain(&mut started.rx).len(), 0, "more came than was sent");
+    assert_eq!(bench.drain(&mut started.rx, 0).len(), 0, "more came than was sent");
     let (rx, tx) = bench.counted();
     assert_eq!((rx.packets, tx.packets, rx.bytes), (FRAMES, FRAMES, tx.bytes));
     assert_eq!((rx.dropped(), tx.dropped()), (0, 0));
@@ -299,7 +299,7 @@ pub(super) fn frames_that_no_port_may_pass_on_are_dropped(kind: &Kind) {
     }
     // Where the device itself drops them, the port has nothing to count.
     let arrived: Vec<_> =
-        bench.drain(&mut started.rx).iter().map(|packet| identify(packet.data()).1).collect();
+        bench.drain(&mut started.rx, 2).iter().map(|packet| identify(packet.data()).1).collect();
     assert_eq!(arrived, [0, 1]);
     let (counted, _) = bench.counted();
     assert_eq!((counted.packets, counted.bytes), (2, 200));
@@ -336,7 +336,7 @@ pub(super) fn counters_are_exact_and_outlive_a_restart(kind: &Kind) {
                     bench.wire.send(pair, frame);
                 }
             }
-            for packet in bench.drain(&mut started.rx) {
+            for packet in bench.drain(&mut started.rx, queues * queues) {
                 let (packets, bytes) = &mut arrived[usize::from(packet.queue())];
                 (*packets, *bytes) = (*packets + 1, *bytes + packet.len() as u64);
             }

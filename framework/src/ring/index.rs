@@ -159,11 +159,11 @@ impl Mode for Single {
         if free < amount.most {
             let mut limit = ring.limit();
             free = limit.wrapping_sub(self.head);
-            if self.slip.is_due(free, amount.most) {
+            if free < ring.capacity / 4 && self.slip.is_due() {
                 W::pause(SLIP);
                 limit = ring.limit();
                 let found = std::mem::replace(&mut free, limit.wrapping_sub(self.head));
-                self.slip.did(free > found);
+                self.slip.did(free.wrapping_sub(found) >= 8 * amount.most);
             }
             if free > ring.capacity {
                 return Err(Refused::Corrupt);
@@ -188,12 +188,13 @@ const SLIP: u32 = 32;
 /// When to let the other side get ahead.
 ///
 /// Two cores that work on the same few cache lines, each as fast as it can, take those lines from each other with every
-/// operation: the one that is behind finds just what it asked for, and no more, time after time. If it waits a moment,
-/// both go on at several times the speed, each with its own lines. Whether that is so shows when it is tried. Where it does
-/// not help, as when both ends are one thread's, it is tried ever more rarely.
+/// operation, and so does what their processors fetch ahead. If the one that is behind waits a moment, both go on at
+/// several times the speed, each with its own lines. Whether that is so shows when it is tried: in that moment many more
+/// items come. Where they do not, as when the other side has less to do, or both ends are one thread's, it is tried
+/// ever more rarely: twenty times, and then once in a million.
 #[derive(Debug)]
 struct Slip {
-    /// How often just enough is to be found before the next try.
+    /// How often little is to be found before the next try.
     due: u32,
     /// What `due` is set to after a try without avail.
     rest: u32,
@@ -203,15 +204,10 @@ impl Slip {
     const FIRST: u32 = 16;
     const LAST: u32 = 1 << 20;
 
-    /// `found` was there, `most` was asked for.
+    /// To be asked whenever there is little.
     #[inline]
-    fn is_due(&mut self, found: u64, most: u64) -> bool {
-        if found < most {
-            // The other side is slower.
-            self.due = self.rest;
-        } else if found / 2 < most {
-            self.due -= 1;
-        }
+    fn is_due(&mut self) -> bool {
+        self.due -= 1;
         self.due == 0
     }
 

@@ -40,6 +40,10 @@ const MAX_VLAN: u16 = 0xfff;
 ///   or pools whose buffers hold 64 KiB.
 /// - VLAN tags are taken out and put in by the driver, as the device has nothing for it; so is the IPv4 header's checksum.
 /// - What a device without the respective feature does not filter is received: it is asked nothing then.
+/// - Of IP and transport headers nothing is looked up: [`TxOffload`](underpass::TxOffload) says where they are, in the
+///   packet's first segment.
+/// - A queue that broke down works again after a stop and a start, which reset the whole device (`RING_RESET` is not used).
+///   The port sends nothing on its own account, so it does not offer to announce itself (`GUEST_ANNOUNCE`).
 /// - VLAN filters are agreed on when the port starts. A port that was started without any VLAN id set receives all,
 ///   and takes the first id only once it is stopped; likewise it can not lose its last id while it runs.
 pub struct VirtioNet {

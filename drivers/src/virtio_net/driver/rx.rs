@@ -200,18 +200,18 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             left -= count;
             let (space, header_len) = (self.frames.space.view(), self.frames.rules.header_len);
             let mut fresh = self.fresh.drain_all();
-            posted |= 0
-                != self.queue.add_burst(count, || {
-                    let mut packet = fresh.next()?;
-                    // The header goes before the place of the packet's bytes, which so keeps its alignment.
-                    packet.post(HEADROOM - header_len);
-                    let Some(iova) = space.hand_out(&packet, Access::WRITE) else {
-                        discard(packet);
-                        return None;
-                    };
-                    let buffer = Buffer::writable(iova, packet.data().len() as u32);
-                    Some((packet, buffer))
-                });
+            let added = self.queue.add_burst(count, || {
+                let mut packet = fresh.next()?;
+                // The header goes before the place of the packet's bytes, which so keeps its alignment.
+                packet.post(HEADROOM - header_len);
+                let Some(iova) = space.hand_out(&packet, Access::WRITE) else {
+                    discard(packet);
+                    return None;
+                };
+                let buffer = Buffer::writable(iova, packet.data().len() as u32);
+                Some((packet, buffer))
+            });
+            posted |= added != 0;
         }
         // Each entry counts once, however often its buffer is asked for.
         let short = left as u16;

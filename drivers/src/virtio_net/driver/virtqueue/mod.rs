@@ -103,6 +103,7 @@ impl Broken {
     const ID_NOT_POSTED: Self = Self { why: "the device used a buffer that it does not have" };
     const TOO_LONG: Self = Self { why: "the device wrote more than the buffer holds" };
     const INDEX: Self = Self { why: "the device used more buffers than it has" };
+    const BACK: Self = Self { why: "the device took back that it had used buffers" };
     const ORDER: Self = Self { why: "the device used buffers out of order, though it agreed to keep it" };
 }
 

@@ -103,17 +103,17 @@ impl State {
     #[inline]
     fn next_used(&self, ring: &Ring) -> Option<(u32, u32)> {
         // A place without a posted buffer says nothing.
-        if self.posted == 0 { None } else { used_at(ring, self.used) }
+        if self.posted == 0 { None } else { used(&ring[usize::from(self.used.at)], self.used.wrap) }
     }
 }
 
-/// Id and length of the buffer that the device used here, if it has. A length without [`WRITE`] means nothing.
+/// Id and length of the buffer that the device used here, if it has. Whether it says [`WRITE`] again is not looked at: QEMU's
+/// devices leave it out, and what the buffer was posted for is known here.
 #[inline]
-fn used_at(ring: &Ring, place: Place) -> Option<(u32, u32)> {
+fn used([_, handshake]: &[AtomicU64; 2], wrap: bool) -> Option<(u32, u32)> {
     // Acquire: pairs with the device's Release of this word, after what it wrote to the buffers.
-    let word = Handshake::from_bits(ring[usize::from(place.at)][1].load(Ordering::Acquire));
-    let len = if word.flags() & WRITE == 0 { 0 } else { word.len() };
-    word.is_used(place.wrap).then_some((word.id().into(), len))
+    let word = Handshake::from_bits(handshake.load(Ordering::Acquire));
+    word.is_used(wrap).then_some((word.id().into(), word.len()))
 }
 
 impl<T> PackedQueue<T> {
@@ -121,28 +121,31 @@ impl<T> PackedQueue<T> {
     /// is wrong or special. Returns how many.
     #[inline]
     fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
-        let (size, mut place) = (self.size, self.state.used);
-        let (in_order, mut oldest) = (self.in_order, self.state.oldest);
-        let most = most.min(self.state.posted.into()) as u16;
-        let ring = ring(&self.ring);
+        let (in_order, oldest) = (self.in_order, usize::from(self.state.oldest));
+        let (size, Place { at, wrap }) = (usize::from(self.size), self.state.used);
+        // Up to the ring's end, and in order up to the last id: so nothing turns round on the way.
+        let run = size - usize::from(at).max(if in_order { oldest } else { 0 });
+        let most = most.min(run).min(self.state.posted.into());
+        let ring = &ring(&self.ring)[at.into()..];
         let taken = self.shadow.lend(|shadow| {
-            for n in 0..most {
-                let Some((id, len)) = used_at(ring, place) else { return n };
-                if in_order && id != u32::from(oldest) {
+            for (n, descriptor) in ring.iter().take(most).enumerate() {
+                let Some((id, len)) = used(descriptor, wrap) else { return n };
+                if in_order && id as usize != oldest + n {
                     return n;
                 }
-                let Some(token) = shadow.take_plain(id, len) else { return n };
-                place.advance(1, size);
-                oldest = following(oldest, size);
-                each(token, len);
+                let Some((token, written)) = shadow.take_plain(id, len) else { return n };
+                each(token, written);
             }
             most
         });
-        self.state.used = place;
-        self.state.oldest = oldest;
-        self.state.posted -= taken;
-        self.state.free += taken;
-        taken.into()
+        let (count, state) = (taken as u16, &mut self.state);
+        state.used.advance(count, self.size);
+        if in_order {
+            state.oldest = if oldest + taken == size { 0 } else { state.oldest + count };
+        }
+        state.posted -= count;
+        state.free += count;
+        taken
     }
 
     /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
@@ -228,14 +231,26 @@ impl<T> PackedQueue<T> {
                 }
                 let len = (size_of::<Descriptor>() * buffers.len()) as u32;
                 let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
-                push(ring, state.avail, &mut state.held, tables.iova(first).get(), word);
+                push(
+                    &ring[usize::from(state.avail.at)],
+                    state.avail,
+                    &mut state.held,
+                    tables.iova(first).get(),
+                    word,
+                );
                 state.avail.advance(1, size);
             } else {
                 for (n, buffer) in buffers.iter().enumerate() {
                     let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
                     let word = handshake(buffer, id);
                     let word = word.with_flags(word.flags() | chained);
-                    push(ring, state.avail, &mut state.held, buffer.iova.get(), word);
+                    push(
+                        &ring[usize::from(state.avail.at)],
+                        state.avail,
+                        &mut state.held,
+                        buffer.iova.get(),
+                        word,
+                    );
                     state.avail.advance(1, size);
                 }
             }
@@ -268,9 +283,14 @@ fn following(id: u16, size: u16) -> u16 {
 /// Writes a descriptor. The first one since the last publish is held back, which hides all: the device looks at no other
 /// before it ("Polling of available and used descriptors").
 #[inline]
-fn push(ring: &Ring, place: Place, held: &mut Option<(u16, Handshake)>, addr: u64, word: Handshake) {
+fn push(
+    [addr_word, handshake]: &[AtomicU64; 2],
+    place: Place,
+    held: &mut Option<(u16, Handshake)>,
+    addr: u64,
+    word: Handshake,
+) {
     let word = word.with_flags(word.flags() | packed::available(place.wrap));
-    let [addr_word, handshake] = &ring[usize::from(place.at)];
     // Relaxed, both: publish orders them.
     addr_word.store(addr, Ordering::Relaxed);
     if held.is_some() {
@@ -361,21 +381,29 @@ impl<T> Virtqueue for PackedQueue<T> {
 
     #[inline]
     fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
-        let (size, mut place) = (self.size, self.state.avail);
+        let mut place = self.state.avail;
         let mut held = self.state.held;
-        let ring = ring(&self.ring);
+        let (size, ring) = (self.size, ring(&self.ring));
         let most = most.min(self.state.free.into()) as u16;
         let added = self.shadow.lend(|shadow| {
-            for n in 0..most {
-                let Some((token, buffer)) = next() else { return n };
-                let id = shadow.take_id();
-                push(ring, place, &mut held, buffer.iova.get(), handshake(&buffer, id));
-                place.advance(1, size);
-                let writable = if buffer.write { buffer.len } else { 0 };
-                shadow.post(id, token, Posted { writable, descriptors: 1, position: 0 });
+            let mut added = 0;
+            while added < most {
+                let Place { at, wrap } = place;
+                for (n, descriptor) in (at..).zip(ring[at.into()..].iter().take((most - added).into())) {
+                    let Some((token, buffer)) = next() else { return added };
+                    let id = shadow.take_id();
+                    let word = handshake(&buffer, id);
+                    push(descriptor, Place { at: n, wrap }, &mut held, buffer.iova.get(), word);
+                    let writable = if buffer.write { buffer.len } else { 0 };
+                    shadow.post(id, token, Posted { writable, descriptors: 1, position: 0 });
+                    place.at = n + 1;
+                    added += 1;
+                }
+                place.advance(0, size);
             }
-            most
+            added
         });
+        place.advance(0, size);
         let state = &mut self.state;
         (state.avail, state.held) = (place, held);
         state.added += added;

@@ -24,8 +24,8 @@ struct Slot<T> {
 /// Where the next id is taken from, and where the next free one goes; both run freely.
 #[derive(Debug, Clone, Copy)]
 struct Turn {
-    first: u32,
-    end: u32,
+    first: usize,
+    end: usize,
 }
 
 /// What is known of a buffer besides its token.
@@ -45,6 +45,12 @@ pub(super) fn writable(buffers: &[Buffer]) -> u32 {
     buffers.iter().filter(|b| b.write).fold(0, |sum: u32, b| sum.saturating_add(b.len))
 }
 
+/// The bytes that the device says to have written: of a buffer that it only reads it has nothing to say.
+#[inline]
+fn written(posted: Posted, len: u32) -> u32 {
+    if posted.writable == 0 { 0 } else { len }
+}
+
 impl<T> Shadow<T> {
     pub(super) fn new(size: u16) -> Self {
         let none = Posted { writable: 0, descriptors: 0, position: 0 };
@@ -60,7 +66,7 @@ impl<T> Shadow<T> {
 
     pub(super) fn reset(&mut self, each: impl FnMut(T)) {
         self.slots.iter_mut().filter_map(|slot| slot.token.take()).for_each(each);
-        self.turn = Turn { first: 0, end: self.slots.len() as u32 };
+        self.turn = Turn { first: 0, end: self.slots.len() };
         for (id, free) in self.free_ids.iter_mut().enumerate() {
             *free = id as u16;
         }
@@ -86,10 +92,16 @@ pub(super) struct Lent<'a, T> {
 }
 
 impl<T> Lent<'_, T> {
+    /// How many ids there are.
+    #[inline]
+    pub(super) fn size(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Takes a free id. The caller knows that there is one.
     #[inline]
     pub(super) fn take_id(&mut self) -> u16 {
-        let id = self.free_ids[self.turn.first as usize & (self.free_ids.len() - 1)];
+        let id = self.free_ids[self.turn.first & (self.free_ids.len() - 1)];
         self.turn.first = self.turn.first.wrapping_add(1);
         id
     }
@@ -97,7 +109,7 @@ impl<T> Lent<'_, T> {
     #[inline]
     pub(super) fn free_id(&mut self, id: u16) {
         let mask = self.free_ids.len() - 1;
-        self.free_ids[self.turn.end as usize & mask] = id;
+        self.free_ids[self.turn.end & mask] = id;
         self.turn.end = self.turn.end.wrapping_add(1);
     }
 
@@ -106,9 +118,10 @@ impl<T> Lent<'_, T> {
     pub(super) fn post(&mut self, id: u16, token: T, posted: Posted) {
         let slot = &mut self.slots[usize::from(id)];
         slot.posted = posted;
-        // The id was free, so nothing is replaced; so is what would drop it.
         if slot.token.is_none() {
             slot.token = Some(token);
+        } else {
+            not_free(token);
         }
     }
 
@@ -125,36 +138,42 @@ impl<T> Lent<'_, T> {
     /// The common case of [`take`](Self::take): a buffer of one descriptor with which all is well. Of any other `None`, and
     /// it stays.
     #[inline]
-    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<T> {
+    pub(super) fn take_plain(&mut self, id: u32, len: u32) -> Option<(T, u32)> {
         let slot = self.slots.get_mut(id as usize)?;
-        if slot.posted.descriptors != 1 || len > slot.posted.writable {
+        let written = written(slot.posted, len);
+        if slot.posted.descriptors != 1 || written > slot.posted.writable {
             return None;
         }
         let token = slot.token.take()?;
         self.free_id(id as u16);
-        Some(token)
+        Some((token, written))
     }
 
-    /// The same for a buffer that was used as a whole, and its length.
+    /// The same for a buffer that was used as a whole.
     #[inline]
     pub(super) fn take_whole(&mut self, id: u16) -> Option<(T, u32)> {
         let writable = self.slots.get(usize::from(id))?.posted.writable;
-        Some((self.take_plain(id.into(), writable)?, writable))
+        self.take_plain(id.into(), writable)
     }
 
-    /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes. Of a buffer that
-    /// it only reads it has nothing to say about that.
+    /// Gives up the buffer with an id that the device named, to which it says to have written `len` bytes.
     #[inline]
     pub(super) fn take(&mut self, id: u32, len: u32) -> Result<Used<T>, Broken> {
         let slot = self.slots.get_mut(id as usize).ok_or(Broken::ID_OUT_OF_RANGE)?;
         let Posted { writable, descriptors, .. } = slot.posted;
-        let written = if writable == 0 { 0 } else { len };
+        let written = written(slot.posted, len);
         if written > writable {
             return Err(Broken::TOO_LONG);
         }
         let token = slot.token.take().ok_or(Broken::ID_NOT_POSTED)?;
         Ok(Used { token, written, descriptors })
     }
+}
+
+/// An id that was free has a token. It never has: this is where the compiler may put what it would take to drop it.
+#[cold]
+fn not_free<T>(token: T) {
+    drop(token);
 }
 
 /// A buffer that came back.

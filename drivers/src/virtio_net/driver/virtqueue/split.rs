@@ -85,8 +85,12 @@ impl<T> SplitQueue<T> {
         let state = &mut self.state;
         // Acquire: pairs with the device's Release of the used index, after the elements and what it wrote to buffers.
         let used = self.used.word(IDX, 0).load(Ordering::Acquire);
-        if used.wrapping_sub(state.taken) > state.published.wrapping_sub(state.taken) {
+        let ready = used.wrapping_sub(state.taken);
+        if ready > state.published.wrapping_sub(state.taken) {
             return Err(Broken::INDEX);
+        }
+        if ready < state.used.wrapping_sub(state.taken) {
+            return Err(Broken::BACK);
         }
         state.used = used;
         Ok(())
@@ -102,26 +106,29 @@ impl<T> SplitQueue<T> {
     /// special. Returns how many.
     #[inline]
     fn take_plain(&mut self, most: usize, each: &mut impl FnMut(T, u32)) -> usize {
-        let (mask, from, in_order, oldest) =
-            (self.size - 1, self.state.taken, self.in_order, self.state.oldest);
-        let most = most.min(self.ready().into()) as u16;
+        let (size, in_order, oldest) =
+            (usize::from(self.size), self.in_order, usize::from(self.state.oldest));
+        let at = usize::from(self.state.taken & (self.size - 1));
+        // Up to the ring's end, and in order up to the last id: so nothing turns round on the way.
+        let run = size - at.max(if in_order { oldest } else { 0 });
+        let most = most.min(run).min(self.ready().into());
         let (elements, _) = self.elements.words().as_chunks::<2>();
         let taken = self.shadow.lend(|shadow| {
-            for n in 0..most {
-                let [id, len] = &elements[usize::from(from.wrapping_add(n) & mask)];
+            for (n, [id, len]) in elements[at..].iter().take(most).enumerate() {
                 let (id, len) = (id.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
-                if in_order && id != u32::from(oldest.wrapping_add(n) & mask) {
+                if in_order && id as usize != oldest + n {
                     return n;
                 }
-                let Some(token) = shadow.take_plain(id, len) else { return n };
-                each(token, len);
+                let Some((token, written)) = shadow.take_plain(id, len) else { return n };
+                each(token, written);
             }
             most
         });
-        self.state.taken = from.wrapping_add(taken);
-        self.state.oldest = oldest.wrapping_add(taken) & mask;
-        self.state.free += taken;
-        taken.into()
+        let count = taken as u16;
+        self.state.taken = self.state.taken.wrapping_add(count);
+        self.state.oldest = self.state.oldest.wrapping_add(count) & (self.size - 1);
+        self.state.free += count;
+        taken
     }
 
     /// The same within a batch: the buffers before the last, which the device did not name, were used as a whole.
@@ -322,13 +329,14 @@ impl<T> Virtqueue for SplitQueue<T> {
 
     #[inline]
     fn add_burst(&mut self, most: usize, mut next: impl FnMut() -> Option<(T, Buffer)>) -> usize {
-        let mask = self.size - 1;
         let Self { shadow, desc, avail, state, .. } = self;
         let (desc, _) = desc.words().as_chunks::<2>();
         let ring = &avail.words()[RING..];
         let position = state.added;
         let most = most.min(state.free.into()) as u16;
         let added = shadow.lend(|shadow| {
+            // As long as each other: one look at an index is for all.
+            let (desc, ring) = (&desc[..shadow.size()], &ring[..shadow.size()]);
             for n in 0..most {
                 let Some((token, buffer)) = next() else { return n };
                 let position = position.wrapping_add(n);
@@ -338,7 +346,7 @@ impl<T> Virtqueue for SplitQueue<T> {
                 let [addr, rest] = &desc[usize::from(id)];
                 addr.store(words[0], Ordering::Relaxed);
                 rest.store(words[1], Ordering::Relaxed);
-                ring[usize::from(position & mask)].store(id, Ordering::Relaxed);
+                ring[usize::from(position) & (ring.len() - 1)].store(id, Ordering::Relaxed);
                 let writable = if buffer.write { buffer.len } else { 0 };
                 shadow.post(id, token, Posted { writable, descriptors: 1, position });
             }

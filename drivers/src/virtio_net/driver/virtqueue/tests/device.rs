@@ -276,7 +276,9 @@ impl Device for Packed {
     fn lie(&mut self, id: u16, len: u32, count: u16) {
         let desc = self.memory.areas.desc;
         let (at, wrap) = self.place(self.used);
-        let flags: u16 = if wrap { 0x8080 } else { 0 } | 2;
+        // Devices differ in whether they say again that they wrote (QEMU's do not): one time they do, one they do not.
+        let write: u16 = if self.used.is_multiple_of(2) { 2 } else { 0 };
+        let flags = if wrap { 0x8080 } else { 0 } | write;
         let word = [&len.to_le_bytes()[..], &id.to_le_bytes(), &flags.to_le_bytes()].concat();
         self.memory.write(desc, 16 * u64::from(at) + 8, &word);
         self.used += Step::from(count);
