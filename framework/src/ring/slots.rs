@@ -55,6 +55,10 @@ impl<T> Slots<T> {
         let (first, count, rest) = self.split(run);
         // SAFETY: `first` is the index of a slot.
         let to = unsafe { self.start().add(first) };
+        if run.count == 1 {
+            // SAFETY: there is one, and nobody else uses the slot while it is reserved.
+            return unsafe { ptr::copy_nonoverlapping(items, to, 1) };
+        }
         // SAFETY: from there on, `count` slots are before the end. Nobody else uses them while they are reserved.
         unsafe { copy(items, to, count) };
         if rest > 0 {
@@ -75,6 +79,10 @@ impl<T> Slots<T> {
         let (first, count, rest) = self.split(run);
         // SAFETY: `first` is the index of a slot.
         let from = unsafe { self.start().add(first) };
+        if run.count == 1 {
+            // SAFETY: there is memory for one, and nobody else uses the slot while it is reserved.
+            return unsafe { ptr::copy_nonoverlapping(from, items, 1) };
+        }
         // SAFETY: from there on, `count` slots are before the end. Nobody else uses them while they are reserved.
         unsafe { copy(from, items, count) };
         if rest > 0 {
