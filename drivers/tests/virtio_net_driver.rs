@@ -1,6 +1,8 @@
 //! The virtio-net driver against the software device, which checks leases and every rule that a device can: whatever
 //! the driver does wrong shows as a violation or as a fault.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
@@ -21,17 +23,20 @@ use underpass_drivers::virtio_net::model::{Count, Features, Profile, VirtioNetCo
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A frame, and what is still to be done to it.
+type Owned = (Vec<u8>, Offload);
+
 /// The other end of a cable that the test holds: what was sent, and what is to be received.
 #[derive(Clone, Default)]
 struct Wire {
-    sent: Arc<Mutex<Vec<(Vec<u8>, Offload)>>>,
-    coming: Arc<Mutex<VecDeque<(Vec<u8>, Offload)>>>,
+    sent: Arc<Mutex<Vec<Owned>>>,
+    coming: Arc<Mutex<VecDeque<Owned>>>,
     now: Vec<u8>,
     carries_offloads: bool,
 }
 
 impl Wire {
-    fn sent(&self) -> Vec<(Vec<u8>, Offload)> {
+    fn sent(&self) -> Vec<Owned> {
         std::mem::take(&mut self.sent.lock().unwrap())
     }
 
@@ -592,7 +597,9 @@ fn filters_and_the_link_change_while_it_runs_and_outlive_a_restart() {
             to(own, Some(5)),
             to(own, Some(6)),
         ];
-        all.iter().for_each(|bytes| wire.arrive(bytes));
+        for bytes in &all {
+            wire.arrive(bytes);
+        }
         wire.arrive(&to(MacAddr::BROADCAST, None));
         let mut seen = String::new();
         while !seen.ends_with('b') {
