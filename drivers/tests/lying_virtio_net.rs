@@ -1143,7 +1143,7 @@ fn statistics_are_believed_only_where_they_can_be_true() {
             match stage.bench.port.device_drops() {
                 Ok(dropped) => assert!(may && dropped.is_none(), "{kind:?}, case {n}: {dropped:?}"),
                 Err(error) => {
-                    assert!(!may && error.kind() == ErrorKind::Device, "{kind:?}, case {n}: {error}")
+                    assert!(!may && error.kind() == ErrorKind::Device, "{kind:?}, case {n}: {error}");
                 }
             }
         }
