@@ -86,7 +86,7 @@ impl<T: Copy + Send> FreeList<T> {
         let len = cache.len();
         let spill = |cached: &mut [MaybeUninit<T>]| {
             let half = cached.len() / 2;
-            let Some(kept) = half.checked_sub(items.len()) else { return None };
+            let kept = half.checked_sub(items.len())?;
             // At least 1, as `len + items.len()` is more than fits; at most `len`.
             let oldest = len - kept;
             // Subtracted before they are in the ring, where they count again: see `home`.
