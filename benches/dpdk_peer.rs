@@ -7,12 +7,12 @@
 //!
 //! Prints a line for each figure: what, how many cores, how many at once, nanoseconds an item.
 //!
-//! Rings, as in app/test/test_ring_perf.c: items of 8 bytes, 4096 slots, all or none of so many at once. On one core, items
+//! Rings, as in DPDK's `test_ring_perf.c`: items of 8 bytes, 4096 slots, all or none of so many at once. On one core, items
 //! are pushed and popped, 2^26 of them. On two, one pushes copies from a table and the other pops to one, 2^22 items at the
 //! same time, each trying again after a pause; the figure is the sum of both sides' times, so about twice the time between
 //! two items.
 //!
-//! Pools, as in app/test/test_mempool_perf.c: one core with a cache of 512 takes so many buffers, 32 at a time, and gives
+//! Pools, as in DPDK's `test_mempool_perf.c`: one core with a cache of 512 takes so many buffers, 32 at a time, and gives
 //! them back, 32 at a time, 2^22 of them; the buffers' contents and metadata stay as they are.
 
 #![allow(clippy::print_stdout, reason = "the figures are the output")]

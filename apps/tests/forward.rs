@@ -126,6 +126,29 @@ fn generated_captures_come_through_and_what_is_no_frame_is_counted() {
 }
 
 #[test]
+fn what_only_the_device_dropped_is_told_with_its_likely_cause() {
+    let port = "soft:virtio-net,peer=generator,size=9000";
+    let args = ["--mode", "rxonly", "--port", port, "--seconds", "0.2"];
+    let report = forward(&args);
+    let port = &report["ports"][0];
+    assert_eq!((&port["rx_packets"], &port["drops"]["device_tx"]), (&0.into(), &0.into()), "{report}");
+    assert!(port["drops"]["device_rx"].as_u64() > Some(0), "{report}");
+    assert_eq!(port["rx_dropped"], port["drops"]["device_rx"]);
+    let output = underpass(&[&["forward"], &args[..]].concat());
+    let shown = text(&output.stdout);
+    assert!(shown.contains("packets dropped by the device") && shown.contains("--mtu"), "{shown}");
+    // With room for them nothing is dropped, and nothing is said.
+    let args = ["--mode", "rxonly", "--port", "soft:virtio-net,mtu=9000,peer=generator,size=9000"];
+    let args = [&args[..], &["--mtu", "9000", "--seconds", "0.2"]].concat();
+    let report = forward(&args);
+    let port = &report["ports"][0];
+    assert!(port["rx_packets"].as_u64() > Some(0), "{report}");
+    assert_eq!((&port["rx_dropped"], &port["drops"]["device_rx"]), (&0.into(), &0.into()), "{report}");
+    let output = underpass(&[&["forward"], &args[..]].concat());
+    assert!(!text(&output.stdout).contains("by the device"), "{}", text(&output.stdout));
+}
+
+#[test]
 fn a_real_ping_is_answered_correctly() {
     let scratch = Scratch::new("echo");
     let out = scratch.path("out.pcap");

@@ -11,8 +11,8 @@
 mod rig;
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use underpass::iommu::FaultReason;
@@ -1104,6 +1104,51 @@ fn a_control_queue_that_lies(kind: &Kind, answer: Answer) {
     }
     assert!((answer == Answer::Never) == (used.load(Ordering::Relaxed) == 0));
     stage.recovers();
+}
+
+#[test]
+fn statistics_are_believed_only_where_they_can_be_true() {
+    let header = |kind: u8, queue: u8, size: u8| vec![kind, 0, queue, 0, 0, 0, size, 0];
+    let right = || [header(0, 0, 56), vec![0xff; 48]].concat();
+    let all = vec![0xff; 8];
+    for kind in [&SPLIT, &PACKED] {
+        let mut stage = Stage::new(kind);
+        let ring = DeviceRing::new(stage.bench.taps.queue(control_queue(1).unwrap()), is_packed(kind));
+        let ring = Arc::new(Mutex::new(ring));
+        stage.with_bus(|bus| ring.lock().unwrap().skip_used(bus));
+        for (n, (results, may)) in [
+            // No types at all, half of the types, and then nothing of what was asked for.
+            (vec![vec![0; 8]], true),
+            (vec![all[..4].to_vec()], false),
+            (vec![all.clone(), vec![]], false),
+            (vec![all.clone(), right()[..55].to_vec()], false),
+            (vec![all.clone(), [header(16, 0, 56), vec![0; 48]].concat()], false),
+            (vec![all.clone(), [header(0, 2, 56), vec![0; 48]].concat()], false),
+            (vec![all.clone(), [header(0, 0, 55), vec![0; 48]].concat()], false),
+            (vec![all.clone(), right(), right()], false),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut results = results.into_iter();
+            let ring = Arc::clone(&ring);
+            stage.bench.taps.play(move |bus| {
+                let mut ring = ring.lock().unwrap();
+                while let Ok(Some(chain)) = ring.try_take(bus) {
+                    let answer = [vec![0], results.next().expect("it was asked for too much")].concat();
+                    chain.write(bus, &answer).unwrap();
+                    ring.give(bus, &chain, answer.len() as u32);
+                }
+            });
+            match stage.bench.port.device_drops() {
+                Ok(dropped) => assert!(may && dropped.is_none(), "{kind:?}, case {n}: {dropped:?}"),
+                Err(error) => {
+                    assert!(!may && error.kind() == ErrorKind::Device, "{kind:?}, case {n}: {error}");
+                }
+            }
+        }
+        stage.recovers();
+    }
 }
 
 /// The driver waits seconds for a device here and there: all of these at the same time.

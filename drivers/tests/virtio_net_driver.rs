@@ -1,6 +1,8 @@
 //! The virtio-net driver against the software device, which checks leases and every rule that a device can: whatever
 //! the driver does wrong shows as a violation or as a fault.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
@@ -10,7 +12,8 @@ use underpass::iommu::soft::{SoftIommu, SoftOptions};
 use underpass::net::headers::{Flow, Headers, L4Checksum};
 use underpass::net::toeplitz::Toeplitz;
 use underpass::net::{
-    Config, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values, checksum,
+    Config, DeviceDrops, Link, MacAddr, Offloads, Port, Rss, RxQueue, Started, State, TxQueue, Values,
+    checksum,
 };
 use underpass::pci::{PciDevice, Run};
 use underpass::{Burst, Checksum, ErrorKind, Packet, Pool, Transport, TxOffload};
@@ -20,17 +23,20 @@ use underpass_drivers::virtio_net::model::{Count, Features, Profile, VirtioNetCo
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A frame, and what is still to be done to it.
+type Owned = (Vec<u8>, Offload);
+
 /// The other end of a cable that the test holds: what was sent, and what is to be received.
 #[derive(Clone, Default)]
 struct Wire {
-    sent: Arc<Mutex<Vec<(Vec<u8>, Offload)>>>,
-    coming: Arc<Mutex<VecDeque<(Vec<u8>, Offload)>>>,
+    sent: Arc<Mutex<Vec<Owned>>>,
+    coming: Arc<Mutex<VecDeque<Owned>>>,
     now: Vec<u8>,
     carries_offloads: bool,
 }
 
 impl Wire {
-    fn sent(&self) -> Vec<(Vec<u8>, Offload)> {
+    fn sent(&self) -> Vec<Owned> {
         std::mem::take(&mut self.sent.lock().unwrap())
     }
 
@@ -618,7 +624,9 @@ fn filters_and_the_link_change_while_it_runs_and_outlive_a_restart() {
             to(own, Some(5)),
             to(own, Some(6)),
         ];
-        all.iter().for_each(|bytes| wire.arrive(bytes));
+        for bytes in &all {
+            wire.arrive(bytes);
+        }
         wire.arrive(&to(MacAddr::BROADCAST, None));
         let mut seen = String::new();
         while !seen.ends_with('b') {
@@ -889,6 +897,38 @@ fn frames_that_are_too_long_or_too_short_are_not_received() {
     assert_eq!(values.runts + rig.control.count(Count::RxOversize), 1, "the model lets runts through");
     drop(queues);
     rig.finish();
+}
+
+#[test]
+fn the_device_tells_what_it_dropped() {
+    for (name, profile) in flavours() {
+        let (mut rig, wire) = wired(profile.clone());
+        assert_eq!(rig.port.device_drops().unwrap(), None, "{name}: it is stopped");
+        let mut queues = rig.start(&rig.config());
+        assert_eq!(rig.port.device_drops().unwrap(), Some(DeviceDrops::default()), "{name}");
+        for len in [9000, 1519, 1000, 1520] {
+            wire.arrive(&frame(0, len));
+        }
+        assert_eq!(queues.receive(0, 1)[0].len(), 1000);
+        queues.nothing(0);
+        rig.control.set_link(false);
+        queues.send(0, vec![rig.packet(&frame(1, 100)), rig.packet(&frame(2, 100))]);
+        assert_eq!(rig.port.device_drops().unwrap(), Some(DeviceDrops { rx: 3, tx: 2 }), "{name}");
+        assert_eq!(
+            rig.rx_values(0).dropped() + rig.tx_values(0).dropped(),
+            0,
+            "the driver knows nothing of it"
+        );
+        drop(queues);
+        rig.finish();
+
+        let features = profile.features - Features::DEVICE_STATS;
+        let (mut rig, _) = wired(Profile { features, ..profile });
+        let queues = rig.start(&rig.config());
+        assert_eq!(rig.port.device_drops().unwrap(), None, "{name}: it does not count");
+        drop(queues);
+        rig.finish();
+    }
 }
 
 #[test]

@@ -248,11 +248,96 @@ fn commands_are_done_if_they_are_whole_and_negotiated() {
     assert!(rig.control.violation().is_none());
     // Without the features nothing of it is known.
     let (mut rig, _, _, mut control) = device(CTRL_VQ, 1);
-    let commands =
-        [(0, 0, 1), (0, 2, 1), (1, 0, 8), (1, 1, 6), (2, 0, 2), (3, 0, 0), (4, 0, 2), (4, 2, 13), (5, 0, 8)];
+    let commands = [
+        (0, 0, 1),
+        (0, 2, 1),
+        (1, 0, 8),
+        (1, 1, 6),
+        (2, 0, 2),
+        (3, 0, 0),
+        (4, 0, 2),
+        (4, 2, 13),
+        (5, 0, 8),
+        (8, 0, 0),
+        (8, 1, 16),
+    ];
     for (class, command, len) in commands {
         assert_eq!(rig.command(&mut control, class, command, &vec![0; len]), ERR, "{class} {command}");
     }
+}
+
+/// A request for statistics: queue, reserved bits, types.
+fn stats(queue: u16, reserved: u16, types: u64) -> Vec<u8> {
+    let words = [queue, reserved, 0, 0].map(u16::to_le_bytes).concat();
+    [words, types.to_le_bytes().to_vec()].concat()
+}
+
+#[test]
+fn statistics_tell_what_became_of_the_frames() {
+    const RX: u64 = 1;
+    const TX: u64 = 1 << 16;
+    let (mut rig, hands, mut queues, mut control) = device(ALL_CONTROL | DEVICE_STATS, 2);
+    let (answer, types) = rig.ask(&mut control, 8, 0, &[], 8);
+    assert_eq!((answer, types), (OK, (RX | TX).to_le_bytes().to_vec()));
+
+    // Three good ones, two over the MTU, and one for somebody else, which is no drop.
+    for len in [100, 1518, 1519, 60, 9000] {
+        hands[0].give(&frame(0, len));
+    }
+    let mut other = frame(0, 100);
+    other[5] = 77;
+    hands[0].give(&other);
+    rig.step_all();
+    assert_eq!(rig.received(&mut queues[0].0).len(), 3);
+    // Two good ones, a runt, an over-long one.
+    for len in [14, 1000, 13, 1519] {
+        rig.send(&mut queues[0].1, &[], &frame(0, len), &[], false);
+    }
+    rig.notify(1);
+    rig.step_all();
+    assert_eq!(hands[0].sent().len(), 2);
+
+    let (answer, result) =
+        rig.ask(&mut control, 8, 1, &[stats(0, 0, RX), stats(3, 0, TX), stats(1, 0, TX)].concat(), 500);
+    assert_eq!((answer, result.len()), (OK, 3 * 56));
+    let reply = |n: usize| {
+        let reply = &result[56 * n..][..56];
+        let word = |at: usize| u16::from_le_bytes([reply[at], reply[at + 1]]);
+        let counters: Vec<_> =
+            reply[8..].as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+        assert_eq!((reply[1], word(4), word(6)), (0, 0, 56));
+        ((reply[0], word(2)), [0, 1, 2, 4, 5].map(|n| counters[n]))
+    };
+    // Notifications, packets, bytes, drops, and those of them that are told apart.
+    assert_eq!(reply(0), ((0, 0), [0, 3, 1678, 2, 0]));
+    assert_eq!(reply(1), ((16, 3), [0; 5]));
+    assert_eq!(reply(2), ((16, 1), [1, 2, 1014, 2, 1]));
+
+    // As much as there is room for.
+    for room in [0, 8, 55, 56] {
+        let (answer, part) = rig.ask(&mut control, 8, 1, &stats(0, 0, RX), room);
+        assert_eq!((answer, &part[..]), (OK, &result[..room]));
+    }
+    for (n, wrong) in [
+        vec![],
+        stats(0, 0, RX)[..15].to_vec(),
+        stats(0, 1, RX),
+        stats(0, 0, TX),
+        stats(1, 0, RX),
+        stats(0, 0, RX | 2),
+        stats(4, 0, 1 << 32),
+        stats(5, 0, RX),
+        stats(0xffff, 0, 0),
+        [stats(0, 0, RX), stats(1, 0, RX)].concat(),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(rig.ask(&mut control, 8, 1, &wrong, 200), (ERR, vec![]), "case {n}");
+    }
+    assert_eq!(rig.ask(&mut control, 8, 0, &[0], 8), (ERR, vec![]));
+    assert_eq!(rig.ask(&mut control, 8, 2, &[], 8), (ERR, vec![]));
+    assert!(rig.control.violation().is_none());
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::dma::DmaMemory;
 use crate::dma::sealed::{Span, Spanned};
 use crate::pool::{HEADROOM, Shared};
 
-/// One segment of a packet and, behind it, the rest of the chain. Dropping it gives all of it back to its pool.
+/// One segment of a packet and, behind it, the rest of the chain. Dropping it gives each segment back to its pool.
 ///
 /// What it says of itself (offloads, port, queue, timestamp) is in CPU-only memory: a device reaches the bytes alone.
 #[repr(transparent)]
@@ -64,7 +64,7 @@ unsafe impl Send for Packet {}
 // SAFETY: through a shared reference they are only read.
 unsafe impl Sync for Packet {}
 
-/// Bits of `Meta::flags`.
+/// Bits of `Content::flags`.
 mod flag {
     pub(super) const RSS_HASH: u16 = 1 << 0;
     pub(super) const VLAN: u16 = 1 << 1;

@@ -1,7 +1,7 @@
 //! `underpass forward`: moves packets between ports, or drops, makes or answers them.
 //!
 //! The way of a packet: [`lane`] receives it in a burst, has [`rewrite`] or [`echo`] change it and sends it. [`ports`] opens
-//! the ports and starts them; each core's worker runs the lanes of its queues until [`run`] says that it is over.
+//! the ports and starts them; each core's worker runs the lanes of its queues until [`mod@run`] says that it is over.
 
 mod args;
 mod capture;
@@ -188,11 +188,13 @@ fn forward(
     watch(args, &ports.ports, &workers, &places, &run, stop, show_rates);
     run.end();
     let joined: Result<Vec<()>, Error> = workers.into_iter().map(Worker::join).collect();
+    let dropped = ports.device_drops();
     let stopped = ports.stop();
     let captured = capture.map(Capture::finish).transpose()?;
 
     let results: Vec<_> = places.iter().map(|(place, counts)| place.result(&counts.tally())).collect();
     let mut report = Report::new(args.mode, args.burst, run.time().as_secs_f64(), &ports.ports, &results);
+    report.add_device_drops(&dropped);
     report.small_pages = ports.pools.iter().map(|pool| copy::small_pages(pool.region())).sum();
     report.capture = args.pcap.as_ref().zip(captured).map(|(path, captured)| CaptureReport {
         file: path.display().to_string(),

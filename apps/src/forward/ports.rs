@@ -1,6 +1,6 @@
 //! Opens the ports, gives them memory, starts and stops them.
 
-use underpass::net::{Config, FRAME_OVERHEAD, MIN_FRAME, Port, Started};
+use underpass::net::{Config, DeviceDrops, FRAME_OVERHEAD, MIN_FRAME, Port, Started};
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool};
 
@@ -147,6 +147,14 @@ impl Ports {
         // Each is stopped, whatever became of the one before it.
         let results: Vec<_> = self.ports.iter_mut().map(|port| port.stop()).collect();
         results.into_iter().collect()
+    }
+
+    /// What each device itself dropped, where it knows. One that does not answer is told of in the log.
+    pub(super) fn device_drops(&mut self) -> Vec<Option<DeviceDrops>> {
+        let ask = |port: &mut Box<dyn Port>| {
+            port.device_drops().inspect_err(|error| tracing::warn!("{error}")).unwrap_or_default()
+        };
+        self.ports.iter_mut().map(ask).collect()
     }
 
     /// What the devices and the IOMMU have to say: the first error is returned, all else goes to the log.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use underpass::net::{Port, Values};
+use underpass::net::{DeviceDrops, Port, Values};
 
 use super::lane::Tally;
 use super::mode::Mode;
@@ -45,7 +45,8 @@ pub(crate) struct PortReport {
     pub(crate) tx_packets: u64,
     pub(crate) rx_bytes: u64,
     pub(crate) tx_bytes: u64,
-    /// Packets that were dropped, all of `drops` but errors.
+    /// Packets that were dropped: all of `drops`, but not `errors`. Those of `drops.device_tx` are also among `tx_packets`,
+    /// as the device took them.
     pub(crate) rx_dropped: u64,
     pub(crate) tx_dropped: u64,
     /// What the device did against its rules.
@@ -66,6 +67,9 @@ pub(crate) struct Drops {
     pub(crate) tx_no_room: u64,
     /// Buffers for receiving that the pool did not have: no drops, but perhaps the reason for some in the device.
     pub(crate) no_buffers: u64,
+    /// By the device, as it says; `None` where it has no such count.
+    pub(crate) device_rx: Option<u64>,
+    pub(crate) device_tx: Option<u64>,
 }
 
 /// One receive queue and what became of its packets.
@@ -130,6 +134,7 @@ impl Report {
                 tx_unsent: tx.unsent,
                 tx_no_room: of(|tally| tally.no_room, |lane| lane.target),
                 no_buffers: rx.no_buffers,
+                ..Drops::default()
             };
             reports.push(PortReport {
                 device: port.name().to_owned(),
@@ -168,6 +173,17 @@ impl Report {
             unexplained,
             capture: None,
             small_pages: 0,
+        }
+    }
+
+    /// Adds what each port's device itself dropped.
+    pub(super) fn add_device_drops(&mut self, dropped: &[Option<DeviceDrops>]) {
+        for (port, dropped) in self.ports.iter_mut().zip(dropped) {
+            (port.drops.device_rx, port.drops.device_tx) =
+                (dropped.map(|dropped| dropped.rx), dropped.map(|dropped| dropped.tx));
+            let DeviceDrops { rx, tx } = dropped.unwrap_or_default();
+            port.rx_dropped += rx;
+            port.tx_dropped += tx;
         }
     }
 
@@ -235,7 +251,20 @@ impl Report {
         let mut lines = String::new();
         for (index, port) in self.ports.iter().enumerate() {
             let drops = &port.drops;
+            let (device_rx, device_tx) =
+                (drops.device_rx.unwrap_or_default(), drops.device_tx.unwrap_or_default());
+            let by_device = if port.rx_packets == 0 {
+                "packets dropped by the device, and none received: most likely they are over its MTU; raise it with --mtu, \
+                 and for a software port also with the option mtu of its address"
+            } else {
+                "received packets dropped by the device: over its MTU, or without a buffer or a queue"
+            };
             for (count, what) in [
+                (device_rx, by_device),
+                (
+                    device_tx,
+                    "packets dropped by the device instead of sent: its link is down, or they do not suit it",
+                ),
                 (drops.rx_runts, "received packets dropped: shorter than an Ethernet header"),
                 (drops.rx_oversize, "received packets dropped: over the MTU; --mtu raises it"),
                 (drops.tx_runts, "packets not sent: shorter than an Ethernet header"),

@@ -1,6 +1,6 @@
 //! A port's life: what it says it can do, starting, stopping, breaking down, and being dropped in any order.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use underpass::net::{Config, Link, MacAddr, Offloads, Rss, State};
@@ -245,14 +245,14 @@ pub(super) fn waiting_ends_with_a_packet_or_in_time(kind: &Kind) {
         let waited = begin.elapsed();
         assert!(waited >= Duration::from_millis(15) && waited < PATIENCE, "{waited:?}");
         // Sent while it sleeps; somebody must run the device then.
-        let over = AtomicUsize::new(0);
+        let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let sender = scope.spawn(|| {
                 std::thread::sleep(Duration::from_millis(10));
                 (0..3).for_each(|n| bench.wire.send(0, numbered(round, n, 100)));
                 until("it wakes up", || {
                     bench.taps.step();
-                    over.load(Ordering::Relaxed) != 0
+                    over.load(Ordering::Relaxed)
                 });
             });
             let begin = Instant::now();
@@ -262,7 +262,8 @@ pub(super) fn waiting_ends_with_a_packet_or_in_time(kind: &Kind) {
                 assert!(begin.elapsed() < PATIENCE / 2, "it slept over a packet");
                 rx.rx_burst(&mut received);
             }
-            over.store(1, Ordering::Relaxed);
+            over.store(true, Ordering::Relaxed);
+            sender.join().unwrap();
             let numbers: Vec<_> = received.iter().map(|packet| identify(packet.data())).collect();
             assert_eq!(numbers, [(round, 0), (round, 1), (round, 2)]);
         });

@@ -44,6 +44,7 @@ pub(crate) const GUEST_ANNOUNCE: u64 = 1 << 21;
 pub(crate) const MQ: u64 = 1 << 22;
 pub(crate) const CTRL_MAC_ADDR: u64 = 1 << 23;
 pub(crate) const HOST_USO: u64 = 1 << 56;
+pub(crate) const DEVICE_STATS: u64 = 1 << 50;
 pub(crate) const HASH_REPORT: u64 = 1 << 57;
 pub(crate) const GUEST_HDRLEN: u64 = 1 << 59;
 pub(crate) const RSS: u64 = 1 << 60;
@@ -533,20 +534,42 @@ impl Rig {
 
     /// Does a control command and returns the answer.
     pub(crate) fn command(&mut self, queue: &mut Queue, class: u8, command: u8, data: &[u8]) -> u8 {
+        let (answer, result) = self.ask(queue, class, command, data, 0);
+        assert!(result.is_empty());
+        answer
+    }
+
+    /// The same with room for a result, which is returned as far as it was written.
+    pub(crate) fn ask(
+        &mut self,
+        queue: &mut Queue,
+        class: u8,
+        command: u8,
+        data: &[u8],
+        room: usize,
+    ) -> (u8, Vec<u8>) {
         let bytes = [&[class, command], data].concat();
-        let at = self.memory.take(bytes.len() + 1, 1);
+        let at = self.memory.take(bytes.len() + 1 + room, 1);
         self.memory.put(at, &bytes);
-        self.memory.put(at + bytes.len(), &[0xaa]);
+        self.memory.put(at + bytes.len(), &vec![0xaa; 1 + room]);
         let (command, answer) = (self.memory.iova(at), self.memory.iova(at + bytes.len()));
         let mut elements = vec![(command, 2, false)];
         if !data.is_empty() {
             elements.push((command + 2, data.len() as u32, false));
         }
         elements.push((answer, 1, true));
+        if room != 0 {
+            elements.push((answer + 1, room as u32, true));
+        }
         queue.add(&mut self.memory, &elements, false);
         self.step_all();
-        assert_eq!(queue.take_used(&self.memory), [Some(1)], "{:?}", self.control.violation());
-        self.memory.bytes[at + bytes.len()]
+        let [Some(written)] = queue.take_used(&self.memory)[..] else {
+            panic!("no answer: {:?}", self.control.violation())
+        };
+        let (answer, result) = self.memory.bytes[at + bytes.len()..][..=room].split_at(1);
+        let (result, untouched) = result.split_at(written as usize - 1);
+        assert!(untouched.iter().all(|byte| *byte == 0xaa), "more was written than said");
+        (answer[0], result.to_vec())
     }
 
     /// The rule that the driver is told to have broken; the status says that the device needs a reset.

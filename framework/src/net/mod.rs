@@ -242,6 +242,17 @@ pub struct Link {
     pub full_duplex: Option<bool>,
 }
 
+/// Packets that the device dropped before the application could see them, or after it sent them, as the device itself
+/// counts: over-long ones, those for which there was no buffer, those sent while the link was down. Filtered ones, which
+/// are for somebody else, are not among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DeviceDrops {
+    /// Received.
+    pub rx: u64,
+    /// To send: [`Counters`] have them among the packets that the device took.
+    pub tx: u64,
+}
+
 /// A device of the network class.
 pub trait Port: Send + fmt::Debug {
     /// Its address as the user gave it: "soft:virtio-net", "0000:3b:00.0".
@@ -325,6 +336,17 @@ pub trait Port: Send + fmt::Debug {
     /// The counters of each receive queue and of each transmit queue, in order. They go on counting over a restart; reading
     /// them disturbs nothing. Empty before the first start.
     fn counters(&self) -> (Vec<Arc<Counters>>, Vec<Arc<Counters>>);
+
+    /// What the device itself dropped on the queues in use; `None` if it has no such counters, or is stopped. From when on
+    /// it counts is the device's affair: a fresh one starts at 0, a stop and a start may or may not set it back. Asking
+    /// disturbs no traffic, but it is a command that the device answers, for now and then.
+    ///
+    /// # Errors
+    /// [`Timeout`](crate::ErrorKind::Timeout) and [`Device`](crate::ErrorKind::Device) if it does not answer, or not so that
+    /// it makes sense.
+    fn device_drops(&mut self) -> Result<Option<DeviceDrops>> {
+        Ok(None)
+    }
 
     /// The next error that the device made or reported on its own account, if any.
     fn next_error(&mut self) -> Option<Error>;

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) trait Word {
     fn load(&self, order: Ordering) -> u64;
     fn store(&self, value: u64, order: Ordering);
-    /// Replaces `old`, or tells what is there. May fail for no reason; orders nothing.
+    /// Replaces `old` (Release), or tells what is there (Acquire). May fail for no reason.
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64>;
     /// Waits for another thread to do something, for the `turn`th time.
     fn wait(turn: u32);
@@ -159,11 +159,11 @@ impl Mode for Single {
         if free < amount.most {
             let mut limit = ring.limit();
             free = limit.wrapping_sub(self.head);
-            if self.slip.is_due(free, amount.most) {
+            if free < ring.capacity / 4 && self.slip.is_due() {
                 W::pause(SLIP);
                 limit = ring.limit();
                 let found = std::mem::replace(&mut free, limit.wrapping_sub(self.head));
-                self.slip.did(free > found);
+                self.slip.did(free.wrapping_sub(found) >= 8 * amount.most);
             }
             if free > ring.capacity {
                 return Err(Refused::Corrupt);
@@ -188,12 +188,13 @@ const SLIP: u32 = 32;
 /// When to let the other side get ahead.
 ///
 /// Two cores that work on the same few cache lines, each as fast as it can, take those lines from each other with every
-/// operation: the one that is behind finds just what it asked for, and no more, time after time. If it waits a moment,
-/// both go on at several times the speed, each with its own lines. Whether that is so shows when it is tried. Where it does
-/// not help, as when both ends are one thread's, it is tried ever more rarely.
+/// operation, and so does what their processors fetch ahead. If the one that is behind waits a moment, both go on at
+/// several times the speed, each with its own lines. Whether that is so shows when it is tried: in that moment many more
+/// items come. Where they do not, as when the other side has less to do, or both ends are one thread's, it is tried
+/// ever more rarely: twenty times, and then once in a million.
 #[derive(Debug)]
 struct Slip {
-    /// How often just enough is to be found before the next try.
+    /// How often little is to be found before the next try.
     due: u32,
     /// What `due` is set to after a try without avail.
     rest: u32,
@@ -203,15 +204,10 @@ impl Slip {
     const FIRST: u32 = 16;
     const LAST: u32 = 1 << 20;
 
-    /// `found` was there, `most` was asked for.
+    /// To be asked whenever there is little.
     #[inline]
-    fn is_due(&mut self, found: u64, most: u64) -> bool {
-        if found < most {
-            // The other side is slower.
-            self.due = self.rest;
-        } else if found / 2 < most {
-            self.due -= 1;
-        }
+    fn is_due(&mut self) -> bool {
+        self.due -= 1;
         self.due == 0
     }
 
@@ -241,7 +237,9 @@ impl Mode for Multi {
     #[inline]
     fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused> {
         let Reserved { head, limit } = &ring.ours.reserved.0;
-        let mut at = head.load(Ordering::Relaxed);
+        // Acquire, as wherever the head is read: pairs with the exchange below. Who moved it there had read the other side's
+        // tail before; so what is read of that from here on allows the head too, and free slots do not come out negative.
+        let mut at = head.load(Ordering::Acquire);
         for _ in 0..TRIES {
             // Both may be old: the limit may even be one that another thread read before the head came here.
             // Acquire: pairs with the Release below, and so with the publication that the limit was read from.
@@ -253,14 +251,14 @@ impl Mode for Multi {
             }
             if free > ring.capacity {
                 // It was the head that is old: whoever sees the other side's tail also sees the head which allowed it.
-                match head.load(Ordering::Relaxed) {
+                match head.load(Ordering::Acquire) {
                     now if now == at => return Err(Refused::Corrupt),
                     now => at = now,
                 }
                 continue;
             }
             let count = amount.of(free)?;
-            // Relaxed: the head orders nothing. What a run's owner does is ordered by the tails.
+            // What a run's owner does with its slots is ordered by the tails.
             match head.exchange(at, at.wrapping_add(count)) {
                 Ok(()) => return Ok(Run { at, count }),
                 Err(now) => at = now,
@@ -300,7 +298,7 @@ impl Word for AtomicU64 {
 
     #[inline]
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64> {
-        self.compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed).map(drop)
+        self.compare_exchange_weak(old, new, Ordering::Release, Ordering::Acquire).map(drop)
     }
 
     #[inline]

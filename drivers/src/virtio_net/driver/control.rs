@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::offer::MAX_RSS_TABLE;
 use super::transport::{DEADLINE, Notifier, Transport, poll};
 use super::virtqueue::{Buffer, Virtqueue};
-use crate::virtio_net::spec::control::{Command, HashConfigHead, OK, RssConfigHead};
+use crate::virtio_net::spec::control::{BasicStats, Command, HashConfigHead, OK, RssConfigHead};
 use crate::virtio_net::spec::pci::status;
 
 /// Entries of the queue, at most.
@@ -23,21 +23,23 @@ pub(super) const CHAIN: u16 = 2;
 /// Bytes of memory for a command and its answer: the longest RSS table, or the addresses of some 1300 filters.
 pub(super) const MEMORY: usize = 8192;
 
-/// Those of the answer, in a line of its own.
+/// Those of the answer and a result, in a line of their own.
 const ANSWER: usize = 64;
 
 const _: () = assert!(2 * MAX_RSS_TABLE + 512 <= MEMORY - ANSWER);
+const _: () = assert!(size_of::<BasicStats>() < ANSWER);
 
 /// A control queue, whatever its ring is.
 pub(super) trait ControlQueue: Send {
-    /// Has the device do `command`, in words `what`.
+    /// Has the device do `command`, in words `what`. Returns its result, of `result` bytes.
     fn command(
         &mut self,
         transport: &Transport,
         what: &'static str,
         command: Command,
         data: &[u8],
-    ) -> Result<()>;
+        result: usize,
+    ) -> Result<&[u8]>;
 }
 
 /// The control queue.
@@ -76,7 +78,8 @@ impl<Q: Virtqueue<Token = ()> + Send> ControlQueue for Control<Q> {
         what: &'static str,
         command: Command,
         data: &[u8],
-    ) -> Result<()> {
+        result: usize,
+    ) -> Result<&[u8]> {
         if self.stuck {
             let why = "an earlier command was not answered";
             return Err(self.failed(ErrorKind::Gone, what, why).mend("stop it and start it again"));
@@ -96,7 +99,7 @@ impl<Q: Virtqueue<Token = ()> + Send> ControlQueue for Control<Q> {
         let (Some(out), Some(back)) = (out, back) else {
             return Err(self.failed(ErrorKind::InvalidInput, what, "its memory is not mapped"));
         };
-        let buffers = [Buffer::readable(out, len as u32), Buffer::writable(back, 1)];
+        let buffers = [Buffer::readable(out, len as u32), Buffer::writable(back, 1 + result as u32)];
         self.stuck = true;
         if self.queue.add((), &buffers).is_err() {
             return Err(self.failed(ErrorKind::Device, what, "the control queue is broken"));
@@ -112,12 +115,12 @@ impl<Q: Virtqueue<Token = ()> + Send> ControlQueue for Control<Q> {
             match self.queue.take_used() {
                 Ok(None) if failed => Some(Err("the device failed: it asks for a reset")),
                 Ok(None) => None,
-                Ok(Some(((), _))) => Some(Ok(())),
+                Ok(Some(((), written))) => Some(Ok(written as usize)),
                 Err(broken) => Some(Err(broken.why)),
             }
         });
-        match used {
-            Some(Ok(())) => {}
+        let written = match used {
+            Some(Ok(written)) => written,
             Some(Err(why)) => {
                 return Err(self.failed(ErrorKind::Device, what, why).mend("stop it and start it again"));
             }
@@ -125,12 +128,17 @@ impl<Q: Virtqueue<Token = ()> + Send> ControlQueue for Control<Q> {
                 let why = format!("the control queue has no answer after {DEADLINE:?}");
                 return Err(self.failed(ErrorKind::Timeout, what, why).mend("stop it and start it again"));
             }
-        }
+        };
         self.stuck = false;
         self.space.take_back(&self.request, Access::READ);
         self.space.take_back(&self.answer, Access::WRITE);
         match self.answer[0] {
-            OK => Ok(()),
+            OK if result != 0 && written <= result => {
+                let why =
+                    format!("its result has {result} bytes, and the device wrote {written} with the answer");
+                Err(self.failed(ErrorKind::Device, what, why).mend("do without it"))
+            }
+            OK => Ok(&self.answer[1..=result]),
             answer => Err(self
                 .failed(ErrorKind::Device, what, format!("the device refused it: its answer is {answer}"))
                 .mend("do without it, or have the device support it")),

@@ -10,6 +10,7 @@ mod lease;
 mod offer;
 mod rx;
 mod start;
+mod stats;
 mod transport;
 mod tx;
 pub mod virtqueue;
@@ -19,7 +20,7 @@ use std::sync::Arc;
 
 use underpass::dma::DmaSpace;
 use underpass::iommu::Attachment;
-use underpass::net::{Config, Counters, Info, Link, MacAddr, Port, Rss, Started};
+use underpass::net::{Config, Counters, DeviceDrops, Info, Link, MacAddr, Port, Rss, Started};
 use underpass::pci::PciDevice;
 use underpass::{Access, Error, ErrorKind, Fault, Pool, Region, Result};
 
@@ -362,6 +363,10 @@ impl Port for VirtioNet {
 
     fn counters(&self) -> (Vec<Arc<Counters>>, Vec<Arc<Counters>>) {
         self.counters.clone()
+    }
+
+    fn device_drops(&mut self) -> Result<Option<DeviceDrops>> {
+        self.ask_drops().map_err(|error| self.named(error))
     }
 
     fn next_error(&mut self) -> Option<Error> {

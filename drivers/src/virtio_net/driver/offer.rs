@@ -49,7 +49,8 @@ const ALWAYS: Features = Features(
         | Features::SPEED_DUPLEX.0
         | Features::CTRL_VQ.0
         | Features::CTRL_RX.0
-        | Features::CTRL_MAC_ADDR.0,
+        | Features::CTRL_MAC_ADDR.0
+        | Features::DEVICE_STATS.0,
 );
 
 /// What each offload needs of the device. Not here: VLAN tags, which the driver itself takes out and puts in.

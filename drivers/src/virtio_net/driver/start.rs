@@ -319,10 +319,21 @@ impl VirtioNet {
         Ok(())
     }
 
-    /// Has the device do a command.
+    /// Has the device do a command that has no result.
     pub(super) fn command(&mut self, what: &'static str, command: Command, data: &[u8]) -> Result<()> {
+        self.ask(what, command, data, 0).map(|_| ())
+    }
+
+    /// Has the device do a command with a result of `len` bytes.
+    pub(super) fn ask(
+        &mut self,
+        what: &'static str,
+        command: Command,
+        data: &[u8],
+        len: usize,
+    ) -> Result<&[u8]> {
         match self.running.as_mut().and_then(|running| running.control.as_mut()) {
-            Some(control) => control.command(&self.transport, what, command, data),
+            Some(control) => control.command(&self.transport, what, command, data, len),
             None => Err(Error::new(ErrorKind::Unsupported, what, "the device has no control queue")
                 .mend("do without it, or have the device offer CTRL_VQ")),
         }

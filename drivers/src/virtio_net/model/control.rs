@@ -10,6 +10,7 @@ use super::rules::{Filter, GUEST_OFFLOADS, HASH_TYPES, Rules, Steering};
 use super::spec::Features;
 use super::spec::control::{Command, ERR, HashConfigHead, OK, RssConfigHead};
 use super::spec::net::{HASH_KEY_LEN, INDIRECTION_TABLE_LEN};
+use super::stats;
 use super::virtqueue::{Broken, Virtqueue};
 
 /// Commands that one step serves at most.
@@ -19,7 +20,7 @@ const MAX_LEN: usize = 64 * 1024;
 
 /// A command was not done: its data are wrong, or it is not known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Refused;
+pub(super) struct Refused;
 
 /// Serves the commands that are there. Returns whether there were any.
 pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Result<bool, Broken> {
@@ -49,9 +50,18 @@ pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Re
         } else {
             Err(Refused)
         };
-        let answer = if done.is_ok() { OK } else { ERR };
-        bus.write(None, segments[usize::from(chain.reads)].iova, &[answer])?;
-        queue.put(&chain, 1);
+        let mut answer = vec![if done.is_ok() { OK } else { ERR }];
+        answer.extend(done.unwrap_or_default());
+        // Of a result, what there is room for.
+        answer.truncate(chain.writable as usize);
+        let mut left = &answer[..];
+        for segment in &segments[chain.reads.into()..] {
+            let part = left.split_off(..left.len().min(segment.len as usize)).unwrap_or_default();
+            if !part.is_empty() {
+                bus.write(None, segment.iova, part)?;
+            }
+        }
+        queue.put(&chain, answer.len() as u32);
     }
     if queue.flush(bus)? {
         device.interrupt_queue(index);
@@ -59,8 +69,8 @@ pub(super) fn serve(device: &Device, bus: &mut Bus, queue: &mut Virtqueue) -> Re
     Ok(true)
 }
 
-/// Does a command. When this returns every engine works by the new rules.
-fn execute(device: &Device, bytes: &[u8]) -> Result<(), Refused> {
+/// Does a command, and returns its result. When this returns every engine works by the new rules.
+fn execute(device: &Device, bytes: &[u8]) -> Result<Vec<u8>, Refused> {
     let (command, data) = Command::read_from_prefix(bytes).map_err(|_| Refused)?;
     let mut rules = Rules::clone(&device.rules());
     let needs = |feature| if device.features().contains(feature) { Ok(()) } else { Err(Refused) };
@@ -103,7 +113,7 @@ fn execute(device: &Device, bytes: &[u8]) -> Result<(), Refused> {
                 return Err(Refused);
             }
             device.end_announce();
-            return Ok(());
+            return Ok(Vec::new());
         }
         Command::MQ_VQ_PAIRS_SET => {
             needs(Features::MQ)?;
@@ -136,11 +146,19 @@ fn execute(device: &Device, bytes: &[u8]) -> Result<(), Refused> {
             }
             rules.offloads = wanted;
         }
+        Command::STATS_QUERY => {
+            needs(Features::DEVICE_STATS)?;
+            return stats::query(data);
+        }
+        Command::STATS_GET => {
+            needs(Features::DEVICE_STATS)?;
+            return stats::get(device, data);
+        }
         _ => return Err(Refused),
     }
     device.set_rules(rules);
     device.wait_for_others(Some(0));
-    Ok(())
+    Ok(Vec::new())
 }
 
 /// The switch that a command of the class RX is about.

@@ -12,7 +12,7 @@ use super::Profile;
 use super::engine::Core;
 use super::inbox::Inbox;
 use super::registers::Registers;
-use super::report::{Count, Violation};
+use super::report::{Count, Signals, Violation};
 use super::rules::{Flows, Rules};
 use super::spec::pci::{NO_VECTOR, isr, status};
 use super::spec::{Features, net};
@@ -61,6 +61,8 @@ pub(super) struct Device {
     notified: Box<[AtomicBool]>,
     violation: Mutex<Option<Violation>>,
     counts: Box<[CachePadded<Counts>]>,
+    /// One a queue.
+    pub(super) signals: Box<[Signals]>,
 }
 
 impl Device {
@@ -89,6 +91,7 @@ impl Device {
             notified: (0..queues).map(|_| AtomicBool::new(false)).collect(),
             violation: Mutex::new(None),
             counts: (0..pairs).map(|_| CachePadded::default()).collect(),
+            signals: (0..queues).map(|_| Signals::default()).collect(),
             profile,
         }
     }
@@ -283,6 +286,14 @@ impl Device {
         self.receiving.load(Ordering::Relaxed)
     }
 
+    /// The driver notified the device.
+    pub(super) fn doorbell(&self, index: u16) {
+        if let Some(signals) = self.signals.get(usize::from(index)) {
+            signals.notifications.fetch_add(1, Ordering::Relaxed);
+        }
+        self.notify(index);
+    }
+
     /// There may be something on this queue.
     pub(super) fn notify(&self, index: u16) {
         if let Some(notified) = self.notified.get(usize::from(index)) {
@@ -416,6 +427,7 @@ impl Device {
     /// The queue has used buffers, and the driver wants to be interrupted.
     #[inline]
     pub(super) fn interrupt_queue(&self, index: u16) {
+        self.signals[usize::from(index)].interrupts.fetch_add(1, Ordering::Relaxed);
         self.interrupt(index.into(), isr::QUEUE);
     }
 
@@ -447,6 +459,11 @@ impl Device {
     pub(super) fn add(&self, pair: u16, count: Count, delta: u64) {
         let place = &self.counts[usize::from(pair)][count as usize];
         place.store(place.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
+    }
+
+    /// Engine `pair`'s.
+    pub(super) fn count_of(&self, pair: u16, count: Count) -> u64 {
+        self.counts[usize::from(pair)][count as usize].load(Ordering::Relaxed)
     }
 
     /// The sum over all engines.

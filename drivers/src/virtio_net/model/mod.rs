@@ -5,7 +5,7 @@
 //!
 //! What is where: `registers` and `config_space` are the PCI transport, `device` is what all parts share; `engine` runs a
 //! queue pair with `transmit` and `receive`, on the virtqueues of `split` and `packed`; `control` does commands,
-//! `rules` is what they set; `offload` does checksums and segmentation.
+//! `rules` is what they set, `stats` what they ask; `offload` does checksums and segmentation.
 //!
 //! What the specification leaves open:
 //! - The engines look for buffers themselves, so the driver is told not to notify; [`Profile::notified`] changes that.
@@ -19,7 +19,7 @@
 //!
 //! What is not offered: UDP fragmentation (`*_UFO`, deprecated), merging of received segments (`RSC_EXT`: the device never
 //! merges), notification coalescing (interrupts come once a burst as it is), `STANDBY`, `SR_IOV`, `ORDER_PLATFORM`, the
-//! IPv6 extension header hashes, and all that only 1.3 has. There is no window to the BARs in configuration space
+//! IPv6 extension header hashes, and of what only 1.3 has all but the basic device statistics of queues. There is no window to the BARs in configuration space
 //! (`VIRTIO_PCI_CAP_PCI_CFG`), which the specification asks for: configuration space is served without the model.
 
 mod config_space;
@@ -35,6 +35,7 @@ mod registers;
 mod report;
 mod rules;
 mod split;
+mod stats;
 mod transmit;
 mod virtqueue;
 
@@ -119,7 +120,7 @@ impl Profile {
             Features::GUEST_HDRLEN,
             Features::RSS,
             Features::SPEED_DUPLEX,
-            Features::NONE,
+            Features::DEVICE_STATS,
         ];
         let (mut all, mut n) = (0, 0);
         while n < ALL.len() {

@@ -250,6 +250,7 @@ impl Receiver {
             left -= written;
         }
         device.add(pair, Count::RxFrames, 1);
+        device.add(pair, Count::RxBytes, frame.bytes.len() as u64);
         Ok(true)
     }
 }

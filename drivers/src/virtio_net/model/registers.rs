@@ -385,7 +385,7 @@ impl Doorbell for Notifications {
             && width == if with_data { Width::Bits32 } else { Width::Bits16 }
             && value as u16 == expected
             && device.role(index).is_some();
-        if is_right { device.notify(index) } else { self.wrong() }
+        if is_right { device.doorbell(index) } else { self.wrong() }
     }
 }
 

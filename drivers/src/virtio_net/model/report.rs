@@ -1,6 +1,7 @@
 //! What the device tells its owner: what the driver did wrong, and what became of the frames.
 
 use std::fmt;
+use std::sync::atomic::AtomicU64;
 
 use underpass::model::DmaFault;
 
@@ -28,12 +29,23 @@ impl fmt::Display for Violation {
     }
 }
 
+/// How often driver and device have signalled each other on a queue.
+#[derive(Debug, Default)]
+pub(super) struct Signals {
+    pub(super) notifications: AtomicU64,
+    pub(super) interrupts: AtomicU64,
+}
+
 /// What a device counts over all its queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Count {
     /// Frames that the driver sent, dropped ones included.
     TxFrames,
+    /// Frames that left on the cable: segments count one by one, dropped ones do not.
+    TxSent,
+    /// Bytes of those.
+    TxBytes,
     /// Dropped: sent, and shorter than an Ethernet header.
     TxRunts,
     /// Dropped: sent, and longer than the MTU allows without segmentation.
@@ -44,6 +56,8 @@ pub enum Count {
     TxLinkDown,
     /// Frames that the driver received.
     RxFrames,
+    /// Bytes of those.
+    RxBytes,
     /// Dropped: received, and not for this driver, as its filters say.
     RxFiltered,
     /// Dropped: received, and longer than the MTU or than any number of the driver's buffers.
@@ -54,13 +68,16 @@ pub enum Count {
 
 impl Count {
     /// All of them, with their names.
-    pub const ALL: [(Self, &'static str); 9] = [
+    pub const ALL: [(Self, &'static str); 12] = [
         (Self::TxFrames, "tx_frames"),
+        (Self::TxSent, "tx_sent"),
+        (Self::TxBytes, "tx_bytes"),
         (Self::TxRunts, "tx_runts"),
         (Self::TxOversize, "tx_oversize"),
         (Self::TxMalformed, "tx_malformed"),
         (Self::TxLinkDown, "tx_link_down"),
         (Self::RxFrames, "rx_frames"),
+        (Self::RxBytes, "rx_bytes"),
         (Self::RxFiltered, "rx_filtered"),
         (Self::RxOversize, "rx_oversize"),
         (Self::RxNoQueue, "rx_no_queue"),

@@ -70,11 +70,14 @@ impl Transmitter {
         let (device, pair, rules) = (context.device, context.pair, context.rules);
         let index = transmit_queue(pair);
         let (mut frames, mut bytes) = (0, 0);
+        // Frames and bytes that left.
+        let mut sent = (0, 0);
         if let Some(refused) = &self.refused {
             let frame = Frame { bytes: &self.bytes[refused.range.clone()], offload: refused.offload };
             if !peer.transmit(frame) {
                 return Ok(false);
             }
+            sent = (1, refused.range.len() as u64);
             queue.put(&refused.chain, 0);
             self.refused = None;
             frames += 1;
@@ -112,16 +115,20 @@ impl Transmitter {
                     self.refused = Some(Refused { chain, offload, range });
                     break;
                 }
+                sent = (sent.0 + 1, sent.1 + range.len() as u64);
             } else {
                 context.finisher.finish(frame, |bytes| {
                     // Such a peer never refuses.
                     peer.transmit(Frame::finished(bytes));
+                    sent = (sent.0 + 1, sent.1 + bytes.len() as u64);
                 });
             }
             queue.put(&chain, 0);
             frames += 1;
         }
         device.add(pair, Count::TxFrames, frames as u64);
+        device.add(pair, Count::TxSent, sent.0);
+        device.add(pair, Count::TxBytes, sent.1);
         if queue.flush(context.bus)? {
             device.interrupt_queue(index);
         }

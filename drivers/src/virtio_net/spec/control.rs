@@ -1,5 +1,6 @@
 //! The control queue ("Control Virtqueue", 5.1.6.5). A command is one buffer: [`Command`] and the command's data, which
-//! the device reads, then one byte, which it writes: [`OK`] or [`ERR`].
+//! the device reads, then one byte, which it writes: [`OK`] or [`ERR`]. Behind that it writes the command's result, which
+//! only those of device statistics have.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -60,6 +61,13 @@ impl Command {
     /// Which receive offloads are on. Data: their feature bits, 64 bits. With `CTRL_GUEST_OFFLOADS` ("Offloads State
     /// Configuration").
     pub const GUEST_OFFLOADS_SET: Self = Self::new(5, 0);
+
+    /// Which statistics there are. No data; result: [`stats_type`]s, 64 bits. With `DEVICE_STATS` ("Query Statistic
+    /// Capabilities", 1.3).
+    pub const STATS_QUERY: Self = Self::new(8, 0);
+    /// Statistics of queues. Data: [`StatsRequest`]s; result: for each, its types' statistics, lowest bit first. With
+    /// `DEVICE_STATS` ("Get Statistics", 1.3).
+    pub const STATS_GET: Self = Self::new(8, 1);
 }
 
 /// The command was done.
@@ -97,3 +105,68 @@ pub struct HashConfigHead {
 }
 
 const _: () = assert!(size_of::<HashConfigHead>() == 12);
+
+/// Types of statistics ("Device Statistics", 1.3), as bits; a reply names its type by the bit's number. Not here: those
+/// of the control queue, checksums, segmentation and speed.
+pub mod stats_type {
+    /// [`BasicStats`](super::BasicStats) of a receive queue.
+    pub const RX_BASIC: u64 = 1 << 0;
+    /// [`BasicStats`](super::BasicStats) of a transmit queue.
+    pub const TX_BASIC: u64 = 1 << 16;
+}
+
+/// One queue of `struct virtio_net_ctrl_queue_stats` ("Get Statistics", 1.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct StatsRequest {
+    /// The queue.
+    pub vq_index: u16,
+    /// Zero.
+    pub reserved: [u16; 3],
+    /// The [`stats_type`]s wanted.
+    pub types: u64,
+}
+
+const _: () = assert!(size_of::<StatsRequest>() == 16);
+
+/// `struct virtio_net_stats_reply_hdr`, the start of each reply ("Get Statistics", 1.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct StatsHeader {
+    /// The number of its [`stats_type`]'s bit.
+    pub kind: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// The queue.
+    pub vq_index: u16,
+    /// Zero.
+    pub reserved1: u16,
+    /// Bytes of the reply, this header's among them.
+    pub size: u16,
+}
+
+const _: () = assert!(size_of::<StatsHeader>() == 8);
+
+/// `struct virtio_net_stats_rx_basic` and `struct virtio_net_stats_tx_basic`, which have the same shape ("Receiveq Basic
+/// Statistics" and "Transmitq Basic Statistics", 1.3). The counters wrap around.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct BasicStats {
+    /// What it is.
+    pub header: StatsHeader,
+    /// Notifications that came from the driver.
+    pub notifications: u64,
+    /// Packets passed to the driver, or packets that were sent: segments count one by one.
+    pub packets: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Interrupts for this queue.
+    pub interrupts: u64,
+    /// Packets dropped, for whatever reason.
+    pub drops: u64,
+    /// Of those, received ones for which there was no descriptor (`rx_drop_overruns`), or ones to send that are malformed
+    /// (`tx_drop_malformed`).
+    pub overruns_or_malformed: u64,
+}
+
+const _: () = assert!(size_of::<BasicStats>() == 56);

@@ -87,6 +87,8 @@ features! {
     /// Queues can be reset one by one.
     RING_RESET = 40;
 
+    /// The device's own counts by the control queue (1.3).
+    DEVICE_STATS = 50;
     /// Notification coalescing for each queue (1.3).
     VQ_NOTF_COAL = 52;
     /// Notification coalescing.
