@@ -1,7 +1,7 @@
 //! `underpass forward`: moves packets between ports, or drops, makes or answers them.
 //!
 //! The way of a packet: [`lane`] receives it in a burst, has [`rewrite`] or [`echo`] change it and sends it. [`ports`] opens
-//! the ports and starts them; each core's worker runs the lanes of its queues until [`run`] says that it is over.
+//! the ports and starts them; each core's worker runs the lanes of its queues until [`mod@run`] says that it is over.
 
 mod args;
 mod capture;

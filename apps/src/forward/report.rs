@@ -149,7 +149,7 @@ impl Report {
                 tx_bytes: tx.bytes,
                 rx_dropped: rx.dropped() - rx.errors,
                 tx_dropped: tx.dropped() - tx.errors + drops.tx_no_room,
-                errors: rx.errors + tx.errors,
+                errors: rx.errors + tx.errors + rx.broken + tx.broken,
                 drops,
             });
         }
@@ -315,6 +315,7 @@ fn add(a: Values, b: Values) -> Values {
         unsent: a.unsent + b.unsent,
         no_buffers: a.no_buffers + b.no_buffers,
         errors: a.errors + b.errors,
+        broken: a.broken + b.broken,
     }
 }
 

@@ -1,6 +1,9 @@
 //! loom runs each of these in every order that the memory model allows, and fails if a slot is ever used by two threads
 //! at once, or by one that does not see what the last one did. Items are boxes: to lose or to double one is an error too.
 //! Rings are small, so that positions wrap around within few operations.
+//!
+//! loom decides what to try from the last access to a word alone. So whoever reads what others publish is the thread that is
+//! made last: otherwise its load is hidden by a later one, and some orders are never tried.
 
 use loom::model::Builder;
 use loom::thread;
@@ -84,8 +87,12 @@ fn loom_mpmc_two_producers() {
             let tx = tx.clone();
             thread::spawn(move || assert!(tx.push_bulk(&mut burst(first..first + 2), 2)))
         });
-        let mut items = Burst::with_capacity(4);
-        rx.pop_burst(&mut items);
+        let consumer = thread::spawn(move || {
+            let mut items = Burst::with_capacity(4);
+            rx.pop_burst(&mut items);
+            (rx, items)
+        });
+        let (rx, mut items) = consumer.join().unwrap();
         for producer in producers {
             producer.join().unwrap();
         }
@@ -94,6 +101,45 @@ fn loom_mpmc_two_producers() {
         let order: Vec<_> = items.iter().map(|item| **item).collect();
         assert!(order == [0, 1, 10, 11] || order == [10, 11, 0, 1], "{order:?}");
     });
+}
+
+/// Two producers and a consumer on a ring that is full at first, so that what is pushed goes where others were popped.
+fn two_producers_go_round(consumer_first: bool) {
+    model(Some(3), move || {
+        let (tx, rx) = mpmc(2);
+        assert!(tx.push_bulk(&mut burst(0..2), 2));
+        let consume = || {
+            let rx = rx.clone();
+            thread::spawn(move || {
+                let mut items = Burst::with_capacity(4);
+                rx.pop_burst(&mut items);
+                items
+            })
+        };
+        let first = consumer_first.then(consume);
+        let producers = [2, 3].map(|n| {
+            let tx = tx.clone();
+            thread::spawn(move || tx.push(item(n)).is_ok().then_some(n))
+        });
+        let consumer = first.unwrap_or_else(consume);
+        let mut pushed: Vec<_> = producers.into_iter().filter_map(|one| one.join().unwrap()).collect();
+        let mut items = consumer.join().unwrap();
+        rx.pop_burst(&mut items);
+        let mut popped: Vec<_> = items.iter().map(|item| **item).collect();
+        popped[2..].sort_unstable();
+        pushed.splice(0..0, 0..2);
+        assert_eq!(popped, pushed);
+    });
+}
+
+#[test]
+fn loom_mpmc_two_producers_behind_a_consumer() {
+    two_producers_go_round(true);
+}
+
+#[test]
+fn loom_mpmc_two_producers_before_a_consumer() {
+    two_producers_go_round(false);
 }
 
 #[test]
