@@ -191,10 +191,10 @@ impl Capture {
         file.write_all(FILE_HEADER.as_bytes()).map_err(|error| not_written(path, error))?;
         let shared = Arc::new(Shared::default());
         let (taps, sources) = (0..lanes).map(|_| connect(&shared.missed)).unzip();
-        let (path_, shared_) = (path.to_owned(), Arc::clone(&shared));
+        let (name, writers) = (path.to_owned(), Arc::clone(&shared));
         let writer = thread::Builder::new()
             .name("capture".to_owned())
-            .spawn(move || write(&path_, &mut file, sources, &shared_))
+            .spawn(move || write(&name, &mut file, sources, &writers))
             .map_err(|error| Error::os(operation(path), "no thread could be made", error))?;
         Ok((Self { writer, shared }, taps))
     }
@@ -228,7 +228,7 @@ fn open(path: &Path) -> Result<File, Error> {
         .write(true)
         .create(true)
         .truncate(false)
-        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
         .open(path);
     let is_else = |metadata: io::Result<std::fs::Metadata>| {
         metadata.is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
