@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use underpass::iommu::soft::{SoftIommu, SoftOptions};
-use underpass::net::MacAddr;
+use underpass::net::{FRAME_OVERHEAD, MacAddr};
 use underpass::pci::{PciDevice, Run};
 use underpass::{Error, ErrorKind, Result};
 
@@ -101,7 +101,7 @@ const VIRTIO_NET_OPTIONS: [SchemeOption; OWN.len() + PeerSpec::OPTIONS.len()] = 
 const OWN: [SchemeOption; 8] = [
     SchemeOption { name: "queues", values: "N", what: "queue pairs, 1 to 16 (1)" },
     SchemeOption { name: "ring", values: "packed|split", what: "the layout of its virtqueues (packed)" },
-    SchemeOption { name: "mtu", values: "BYTES", what: "the largest IP packet, 68 to 65535 (1500)" },
+    SchemeOption { name: "mtu", values: "BYTES", what: "the largest IP packet, 68 to 65517 (1500)" },
     SchemeOption { name: "mac", values: "ADDRESS", what: "its own address (02:00:00:00:00:01, and so on)" },
     SchemeOption {
         name: "run",
@@ -118,7 +118,8 @@ const OWN: [SchemeOption; 8] = [
 ];
 
 const SOFT_PAIRS: RangeInclusive<u16> = 1..=Profile::MAX_QUEUE_PAIRS;
-const SOFT_MTU: RangeInclusive<u16> = 68..=u16::MAX;
+/// With its Ethernet header and VLAN tag a frame has 16 bits of length.
+const SOFT_MTU: RangeInclusive<u16> = 68..=u16::MAX - FRAME_OVERHEAD as u16;
 
 fn open_soft_virtio_net(address: &Address<'_>) -> Result<Device> {
     // Each device of a process has another address, as it would from the factory.

@@ -173,10 +173,10 @@ impl Device {
     pub(super) fn reset(&self) {
         self.status.store(0, Ordering::Release);
         self.receiving.store(0, Ordering::Release);
-        for pair in 0..self.profile.queue_pairs {
+        // Twice: until its step ends, an engine may still have frames for one that is cleared already.
+        for pair in (0..self.profile.queue_pairs).chain(0..self.profile.queue_pairs) {
             self.with_core(pair, Core::clear);
         }
-        self.inboxes.iter().for_each(Inbox::clear);
         self.features.store(0, Ordering::Release);
         self.vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::Release));
         self.isr.store(0, Ordering::Release);
@@ -264,9 +264,6 @@ impl Device {
         if let Some(role) = self.role(index) {
             self.set_receiving(role, false);
             self.with_core(role.pair(), |core| core.set_queue(role, None));
-            if let Role::Receive(pair) = role {
-                self.inboxes[usize::from(pair)].clear();
-            }
         }
     }
 

@@ -7,8 +7,9 @@ use underpass::model::{Bus, Engine, Host};
 use super::control;
 use super::device::{Device, Role, lock};
 use super::offload::Finisher;
-use super::peer::Peer;
+use super::peer::{Peer, PeerCounters};
 use super::receive::Receiver;
+use super::report::Count;
 use super::rules::Rules;
 use super::transmit::Transmitter;
 use super::virtqueue::{Broken, Virtqueue};
@@ -54,6 +55,9 @@ pub(super) struct Core {
     pub(super) pair: u16,
     pub(super) bus: Bus,
     peer: Box<dyn Peer>,
+    peer_counters: Arc<PeerCounters>,
+    /// Of what the peer could not pass on, how many frames the device has counted.
+    undelivered: u64,
     /// The rules, and how often they had changed when they were taken.
     rules: Arc<Rules>,
     rules_changed: u64,
@@ -75,6 +79,8 @@ pub(super) struct Context<'a> {
 impl Core {
     fn new(device: Arc<Device>, pair: u16, bus: Bus, peer: Box<dyn Peer>) -> Self {
         Self {
+            peer_counters: peer.counters(),
+            undelivered: 0,
             rules: device.rules(),
             rules_changed: 0,
             device,
@@ -90,16 +96,24 @@ impl Core {
 
     /// Forgets its queues and what it was doing.
     pub(super) fn clear(&mut self) {
-        self.control = None;
-        self.transmitter.set_queue(None);
-        self.receiver.set_queue(None, &self.device.inboxes[usize::from(self.pair)]);
-        self.receiver.clear();
+        for role in [Role::Control, Role::Transmit(self.pair), Role::Receive(self.pair)] {
+            self.set_queue(role, None);
+        }
+        self.device.add(self.pair, Count::RxReset, self.receiver.clear());
+        self.count_undelivered();
     }
 
     pub(super) fn set_queue(&mut self, role: Role, queue: Option<Virtqueue>) {
         match role {
-            Role::Receive(pair) => self.receiver.set_queue(queue, &self.device.inboxes[usize::from(pair)]),
-            Role::Transmit(_) => self.transmitter.set_queue(queue),
+            Role::Receive(pair) => {
+                let dropped = self.receiver.set_queue(queue, &self.device.inboxes[usize::from(pair)]);
+                self.device.add(pair, Count::RxReset, dropped);
+            }
+            Role::Transmit(pair) => {
+                let dropped = self.transmitter.set_queue(queue);
+                self.device.add(pair, Count::TxFrames, dropped);
+                self.device.add(pair, Count::TxReset, dropped);
+            }
             Role::Control => self.control = queue,
         }
     }
@@ -112,6 +126,7 @@ impl Core {
         if self.pair == 0 {
             self.device.set_peer_link(self.peer.link_up());
         }
+        self.count_undelivered();
         let mut worked = false;
         if let Some(queue) = &mut self.control {
             match control::serve(&self.device, &mut self.bus, queue) {
@@ -135,6 +150,16 @@ impl Core {
         match self.receiver.step(&mut context, peer) {
             Ok(received) => worked | received,
             Err(broken) => self.broke(Role::Receive(self.pair), broken),
+        }
+    }
+
+    /// Counts what the peer could not pass on since the last call.
+    #[inline]
+    fn count_undelivered(&mut self) {
+        let undelivered = self.peer_counters.undelivered.get();
+        if undelivered != self.undelivered {
+            self.device.add(self.pair, Count::TxUndelivered, undelivered - self.undelivered);
+            self.undelivered = undelivered;
         }
     }
 

@@ -69,9 +69,13 @@ impl Inbox {
         let _ = self.free.push(held);
     }
 
-    pub(super) fn clear(&self) {
+    /// Drops what waits, and returns how many frames that were.
+    pub(super) fn clear(&self) -> u64 {
+        let mut dropped = 0;
         while let Some(held) = self.full.pop() {
             self.give_back(held);
+            dropped += 1;
         }
+        dropped
     }
 }

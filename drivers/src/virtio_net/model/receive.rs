@@ -49,17 +49,21 @@ impl Receiver {
         }
     }
 
-    /// The queue is there, or no more; a frame that waited for a buffer goes with the old one.
-    pub(super) fn set_queue(&mut self, queue: Option<Virtqueue>, inbox: &Inbox) {
+    /// The queue is there, or no more; frames that waited for a buffer go with the old one. Returns how many those were.
+    pub(super) fn set_queue(&mut self, queue: Option<Virtqueue>, inbox: &Inbox) -> u64 {
         self.queue = queue;
-        if let Some(held) = self.waiting.take() {
+        let waiting = self.waiting.take().map_or(0, |held| {
             inbox.give_back(held);
-        }
+            1
+        });
+        waiting + inbox.clear()
     }
 
-    /// Drops the frames that it holds.
-    pub(super) fn clear(&mut self) {
-        self.spare.extend(self.backlog.drain(..));
+    /// Drops the frames of its own peer that it holds, and returns how many those were.
+    pub(super) fn clear(&mut self) -> u64 {
+        let dropped = self.backlog.len() as u64;
+        self.backlog = VecDeque::new();
+        dropped
     }
 
     /// Receives up to a burst of each source. Returns whether there was any work.
@@ -94,11 +98,15 @@ impl Receiver {
         let mut frames = 0;
         while frames < BURST {
             let Some(held) = self.waiting.take().or_else(|| inbox.take()) else { break };
-            if !mine {
+            if mine {
+                let delivered = self.deliver(context, held.frame(), held.hash);
+                if delivered != Ok(true) {
+                    self.waiting = Some(held);
+                    delivered?;
+                    break;
+                }
+            } else {
                 device.add(pair, Count::RxNoQueue, 1);
-            } else if !self.deliver(context, held.frame(), held.hash)? {
-                self.waiting = Some(held);
-                break;
             }
             inbox.give_back(held);
             frames += 1;
@@ -109,21 +117,31 @@ impl Receiver {
     /// Takes frames from the backlog and then from the peer.
     fn receive(&mut self, context: &mut Context<'_>, peer: &mut dyn Peer) -> Result<bool, Broken> {
         let (mut frames, mut bytes) = (0, 0);
-        while let Some(held) = self.backlog.pop_front() {
-            if !self.route(context, held.frame())? {
+        while frames < BURST
+            && bytes < BURST_BYTES
+            && let Some(held) = self.backlog.pop_front()
+        {
+            let routed = self.route(context, held.frame());
+            if routed != Ok(true) {
                 self.backlog.push_front(held);
+                routed?;
                 return Ok(frames > 0);
             }
-            self.spare.push(held);
             frames += 1;
+            bytes += held.frame().bytes.len();
+            if self.spare.len() < BURST {
+                self.spare.push(held);
+            }
         }
         while frames < BURST && bytes < BURST_BYTES && context.device.link_is_up() {
             let Some(frame) = peer.receive() else { break };
             frames += 1;
             bytes += frame.bytes.len();
             if takes(context.rules, &frame) {
-                if !self.route(context, frame)? {
+                let routed = self.route(context, frame);
+                if routed != Ok(true) {
                     self.hold(frame);
+                    routed?;
                     break;
                 }
             } else {
@@ -136,16 +154,21 @@ impl Receiver {
         Ok(frames > 0)
     }
 
-    /// Finishes a frame that the driver would not take as it is.
+    /// Finishes a frame that the driver would not take as it is. A burst of its segments goes where they are to go, the others
+    /// wait for the next step.
     #[cold]
     fn finish(&mut self, context: &mut Context<'_>, frame: Frame<'_>) -> Result<(), Broken> {
         let mut finisher = mem::take(context.finisher);
         let mut result = Ok(());
+        let mut routed = 0;
         finisher.finish(frame, |bytes| {
             let frame = Frame::finished(bytes);
-            if result.is_ok() && self.backlog.is_empty() {
+            if result.is_ok() && self.backlog.is_empty() && routed < BURST {
                 match self.route(context, frame) {
-                    Ok(true) => return,
+                    Ok(true) => {
+                        routed += 1;
+                        return;
+                    }
                     Ok(false) => {}
                     Err(broken) => result = Err(broken),
                 }

@@ -58,10 +58,17 @@ impl Registers {
         }
     }
 
-    /// A function-level reset, or zero in the status.
+    /// A function-level reset.
     pub(super) fn reset(&mut self, device: &Device) {
+        self.reset_device(device);
+        self.msix_table.fill(0);
+    }
+
+    /// Zero in the status. The MSI-X table is the PCI function's, and stays.
+    fn reset_device(&mut self, device: &Device) {
         device.reset();
-        *self = Self { generation: self.generation, ..Self::new(&device.profile) };
+        let msix_table = std::mem::take(&mut self.msix_table);
+        *self = Self { generation: self.generation, msix_table, ..Self::new(&device.profile) };
     }
 
     /// A read of any width, naturally aligned.
@@ -221,7 +228,7 @@ impl Registers {
     fn set_status(&mut self, device: &Device, value: u8) -> Result<(), &'static str> {
         const STEPS: [u8; 4] = [status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
         if value == 0 {
-            self.reset(device);
+            self.reset_device(device);
             return Ok(());
         }
         let before = device.status();

@@ -54,6 +54,10 @@ pub enum Count {
     TxMalformed,
     /// Dropped: sent while the link was down.
     TxLinkDown,
+    /// Dropped: sent, and the peer could not pass it on: its cable ends nowhere, its tap is down, its disk is full.
+    TxUndelivered,
+    /// Dropped: taken to be sent, and its queue was reset before there was room for it.
+    TxReset,
     /// Frames that the driver received.
     RxFrames,
     /// Bytes of those.
@@ -64,11 +68,13 @@ pub enum Count {
     RxOversize,
     /// Dropped: received, and there is no queue for it.
     RxNoQueue,
+    /// Dropped: received, and reset with the queue that it waited for.
+    RxReset,
 }
 
 impl Count {
     /// All of them, with their names.
-    pub const ALL: [(Self, &'static str); 12] = [
+    pub const ALL: [(Self, &'static str); 15] = [
         (Self::TxFrames, "tx_frames"),
         (Self::TxSent, "tx_sent"),
         (Self::TxBytes, "tx_bytes"),
@@ -76,10 +82,13 @@ impl Count {
         (Self::TxOversize, "tx_oversize"),
         (Self::TxMalformed, "tx_malformed"),
         (Self::TxLinkDown, "tx_link_down"),
+        (Self::TxUndelivered, "tx_undelivered"),
+        (Self::TxReset, "tx_reset"),
         (Self::RxFrames, "rx_frames"),
         (Self::RxBytes, "rx_bytes"),
         (Self::RxFiltered, "rx_filtered"),
         (Self::RxOversize, "rx_oversize"),
         (Self::RxNoQueue, "rx_no_queue"),
+        (Self::RxReset, "rx_reset"),
     ];
 }

@@ -18,6 +18,10 @@ use super::virtqueue::{Broken, Chain, Segment, Virtqueue};
 /// The longest frame that is sent to be segmented: what its IP header can tell of, and the Ethernet header with tags.
 const MAX_FRAME: usize = 65535 + 40 + 22;
 
+/// Segments that a frame is cut into at most. A driver that asks for more, such as for segments of one byte, would have the
+/// device work on one frame for as long as it otherwise does on thousands.
+const MAX_SEGMENTS: usize = 2048;
+
 /// Where the header counts buffers, which one to send does not.
 const NUM_BUFFERS: usize = offset_of!(Header, num_buffers);
 
@@ -40,6 +44,23 @@ enum Fate {
     Drop(Count),
 }
 
+/// What a step has done.
+#[derive(Default)]
+struct Done {
+    /// Frames that the driver sent.
+    frames: usize,
+    /// Frames that left, segments each for itself, and their bytes.
+    sent: u64,
+    bytes: u64,
+}
+
+impl Done {
+    fn leaves(&mut self, bytes: usize) {
+        self.sent += 1;
+        self.bytes += bytes as u64;
+    }
+}
+
 struct Refused {
     chain: Chain,
     offload: Offload,
@@ -57,34 +78,54 @@ impl Transmitter {
         }
     }
 
-    /// The queue is there, or no more; a frame that was held back goes with the old one.
-    pub(super) fn set_queue(&mut self, queue: Option<Virtqueue>) {
+    /// The queue is there, or no more; a frame that was held back goes with the old one. Returns how many that were.
+    pub(super) fn set_queue(&mut self, queue: Option<Virtqueue>) -> u64 {
         self.queue = queue;
-        self.refused = None;
+        self.refused.take().map_or(0, |_| 1)
     }
 
     /// Sends up to a burst. Returns whether there was any work.
     #[inline]
     pub(super) fn step(&mut self, context: &mut Context<'_>, peer: &mut dyn Peer) -> Result<bool, Broken> {
-        let Some(queue) = &mut self.queue else { return Ok(false) };
+        let mut done = Done::default();
+        let result = self.send(context, peer, &mut done);
+        // Those before a broken one are sent.
+        if done.frames > 0 {
+            let (device, pair) = (context.device, context.pair);
+            device.add(pair, Count::TxFrames, done.frames as u64);
+            device.add(pair, Count::TxSent, done.sent);
+            device.add(pair, Count::TxBytes, done.bytes);
+        }
+        result?;
+        Ok(done.frames > 0)
+    }
+
+    /// Sends up to a burst, and adds to `done` what that was.
+    #[inline]
+    fn send(
+        &mut self,
+        context: &mut Context<'_>,
+        peer: &mut dyn Peer,
+        done: &mut Done,
+    ) -> Result<(), Broken> {
+        let Some(queue) = &mut self.queue else { return Ok(()) };
         let (device, pair, rules) = (context.device, context.pair, context.rules);
         let index = transmit_queue(pair);
-        let (mut frames, mut bytes) = (0, 0);
-        // Frames and bytes that left.
-        let mut sent = (0, 0);
+        // A segment counts as a frame: what is bounded is the work.
+        let (mut segments, mut bytes) = (0, 0);
         if let Some(refused) = &self.refused {
             let frame = Frame { bytes: &self.bytes[refused.range.clone()], offload: refused.offload };
             if !peer.transmit(frame) {
-                return Ok(false);
+                return Ok(());
             }
-            sent = (1, refused.range.len() as u64);
+            done.leaves(refused.range.len());
             queue.put(&refused.chain, 0);
             self.refused = None;
-            frames += 1;
+            done.frames += 1;
         } else if !device.has_available(context.bus, queue, index)? {
-            return Ok(false);
+            return Ok(());
         }
-        while frames < BURST && bytes < BURST_BYTES {
+        while done.frames + segments < BURST && bytes < BURST_BYTES {
             self.segments.clear();
             let Some(chain) = queue.take(context.bus, &mut self.segments)? else { break };
             if pair >= rules.transmitting {
@@ -102,7 +143,7 @@ impl Transmitter {
                 Err(count) => {
                     device.add(pair, count, 1);
                     queue.put(&chain, 0);
-                    frames += 1;
+                    done.frames += 1;
                     continue;
                 }
             };
@@ -115,24 +156,22 @@ impl Transmitter {
                     self.refused = Some(Refused { chain, offload, range });
                     break;
                 }
-                sent = (sent.0 + 1, sent.1 + range.len() as u64);
+                done.leaves(range.len());
             } else {
                 context.finisher.finish(frame, |bytes| {
+                    segments += 1;
                     // Such a peer never refuses.
                     peer.transmit(Frame::finished(bytes));
-                    sent = (sent.0 + 1, sent.1 + bytes.len() as u64);
+                    done.leaves(bytes.len());
                 });
             }
             queue.put(&chain, 0);
-            frames += 1;
+            done.frames += 1;
         }
-        device.add(pair, Count::TxFrames, frames as u64);
-        device.add(pair, Count::TxSent, sent.0);
-        device.add(pair, Count::TxBytes, sent.1);
         if queue.flush(context.bus)? {
             device.interrupt_queue(index);
         }
-        Ok(frames > 0)
+        Ok(())
     }
 }
 
@@ -242,6 +281,7 @@ fn asked(header: &Header, frame: &[u8], rules: &Rules) -> Result<Offload, Count>
         && headers.l4_len > 0
         && offload.checksum == Some((headers.l4_offset() as u16, checksum))
         && header_len - headers.l2_len as usize + usize::from(header.gso_size) <= u16::MAX.into()
+        && frame.len() - header_len <= MAX_SEGMENTS * usize::from(header.gso_size)
         && (!rules.has(Features::GUEST_HDRLEN) || usize::from(header.hdr_len) == header_len);
     if !fits {
         return Err(Count::TxMalformed);

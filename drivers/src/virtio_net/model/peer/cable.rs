@@ -136,6 +136,7 @@ impl Cable {
         let (state, lanes) = self.plug.other_end();
         self.seen = state;
         let mut unplugged = self.sending.clear();
+        self.counters.undelivered.add(unplugged);
         if let Some(lanes) = lanes {
             unplugged += self.receiving.switch(lanes);
         }
@@ -148,6 +149,7 @@ impl Peer for Cable {
         if !self.is_up() {
             self.counters.sent(frame.bytes);
             self.counters.unplugged.add(1);
+            self.counters.undelivered.add(1);
             return true;
         }
         // Chance is asked only for frames that there is room for: it must not depend on how often one is offered.

@@ -42,6 +42,10 @@ pub struct PeerCounters {
     pub bad_checksums: Counter,
     /// Lost because the system did not take or give them: a full disk, a tap interface that is down.
     pub failed: Counter,
+    /// Of the frames that were taken from the driver, those that are in `unplugged` or `failed`.
+    pub undelivered: Counter,
+    /// Frames that were due, as the generator's `rate` asks, and were given up because the device did not take them in time.
+    pub skipped: Counter,
 }
 
 impl PeerCounters {
@@ -49,6 +53,13 @@ impl PeerCounters {
     pub(super) fn sent(&self, bytes: &[u8]) {
         self.tx_frames.add(1);
         self.tx_bytes.add(bytes.len() as u64);
+    }
+
+    /// The system did not take so many of the driver's frames.
+    #[cold]
+    pub(super) fn not_taken(&self, frames: u64) {
+        self.failed.add(frames);
+        self.undelivered.add(frames);
     }
 
     #[inline]

@@ -35,8 +35,8 @@ const DESTINATION: Ipv4Addr = Ipv4Addr::new(198, 19, 0, 1);
 /// The port that discards what it gets (RFC 863).
 const DISCARD: u16 = 9;
 const FIRST_EPHEMERAL: u16 = 49152;
-/// A station that no real one is: locally administered.
-const STATION: MacAddr = MacAddr([0x02, 0, 0, 0, 0, 0x02]);
+/// A station that no real one is: locally administered, and none that [`MacAddr::local`] gives to a port.
+const STATION: MacAddr = MacAddr([0x06, 0, 0, 0, 0, 0x01]);
 
 /// What a generator sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +88,7 @@ struct Generator {
     /// How many sizes there are.
     sizes: u32,
     random: Random,
-    pace: Option<Pace>,
+    limit: Option<RateLimit>,
     counters: Arc<PeerCounters>,
 }
 
@@ -101,7 +101,7 @@ pub(super) fn open(traffic: &Traffic, station: MacAddr, pairs: usize) -> Vec<Box
             .step_by(pairs)
             .map(|flow| Template::new(flow, station, traffic))
             .collect();
-        let pace = traffic.rate.map(|rate| Pace::new(rate, flows.len(), traffic.flows));
+        let limit = traffic.rate.map(|rate| RateLimit::new(rate, flows.len(), traffic.flows));
         let mut generator = Generator {
             flows,
             turn: 0,
@@ -109,7 +109,7 @@ pub(super) fn open(traffic: &Traffic, station: MacAddr, pairs: usize) -> Vec<Box
             shortest,
             sizes: u32::from(longest - shortest) + 1,
             random: Random::new(traffic.seed, pair),
-            pace,
+            limit,
             counters: Arc::default(),
         };
         // All but the last, as if that had just had its turn.
@@ -139,7 +139,7 @@ impl Peer for Generator {
     }
 
     fn receive(&mut self) -> Option<Frame<'_>> {
-        if self.flows.is_empty() || !self.pace.as_mut().is_none_or(Pace::grants) {
+        if self.flows.is_empty() || !self.limit.as_mut().is_none_or(|limit| limit.grants(&self.counters)) {
             return None;
         }
         // The flow that had its turn gets its next frame now, not when that is due: the copy out of a frame that was written
@@ -253,7 +253,7 @@ impl Template {
 }
 
 /// How many frames are due.
-struct Pace {
+struct RateLimit {
     /// Frames in so many nanoseconds.
     frames: u128,
     nanoseconds: u128,
@@ -269,7 +269,7 @@ struct Pace {
     granted: u64,
 }
 
-impl Pace {
+impl RateLimit {
     /// For `part` of the `whole` of a traffic of `rate` frames a second.
     fn new(rate: u64, part: usize, whole: u32) -> Self {
         Self {
@@ -284,27 +284,29 @@ impl Pace {
         }
     }
 
-    /// Whether one more frame is due.
+    /// Whether one more frame is due. What is given up is counted.
     #[inline]
-    fn grants(&mut self) -> bool {
+    fn grants(&mut self, counters: &PeerCounters) -> bool {
         if self.granted == 0 {
             let now = Instant::now();
             let start = *self.start.get_or_insert(now);
-            self.refill(now - start);
+            counters.skipped.add(self.refill(now - start));
         }
         let grants = self.granted != 0;
         self.granted -= u64::from(grants);
         grants
     }
 
-    /// Grants what is due at this time after the start.
-    fn refill(&mut self, elapsed: Duration) {
+    /// Grants what is due at this time after the start, and returns how many frames of it are given up.
+    fn refill(&mut self, elapsed: Duration) -> u64 {
         let due = (elapsed.as_nanos() * self.frames / self.nanoseconds) as u64;
         let more = due - self.due;
-        if more >= self.batch {
-            self.granted = more.min(self.arrears);
-            self.due = due;
+        if more < self.batch {
+            return 0;
         }
+        self.granted = more.min(self.arrears);
+        self.due = due;
+        more - self.granted
     }
 }
 
@@ -385,6 +387,16 @@ mod tests {
     }
 
     #[test]
+    fn the_source_is_no_address_that_a_port_gets() {
+        let (one, all) = (MacAddr::local(0), MacAddr::local(u32::MAX));
+        let ports = one.0.iter().zip(all.0).take_while(|(a, b)| **a == *b).count();
+        let mut peer = open(&Traffic::default(), OURS, 1).remove(0);
+        let frame = peer.receive().unwrap().bytes;
+        assert_ne!(frame[6..6 + ports], one.0[..ports]);
+        assert_eq!(frame[6] & 3, 2, "a locally administered station");
+    }
+
+    #[test]
     fn checksums_stay_right_through_every_value() {
         let traffic = Traffic { flows: 1, ..Traffic::default() };
         let mut peer = open(&traffic, OURS, 1).remove(0);
@@ -415,18 +427,20 @@ mod tests {
     #[test]
     fn a_rate_is_kept_by_all_pairs_together() {
         // 3 of 16 flows of a million frames a second, looked at every 40 microseconds.
-        let mut pace = Pace::new(1_000_000, 3, 16);
+        let mut limit = RateLimit::new(1_000_000, 3, 16);
         let mut frames = 0;
         for look in 0..=25_000 {
-            pace.refill(Duration::from_micros(40) * look);
-            frames += std::mem::take(&mut pace.granted);
+            limit.refill(Duration::from_micros(40) * look);
+            frames += std::mem::take(&mut limit.granted);
         }
         assert!((187_490..=187_500).contains(&frames), "{frames} in a second");
 
         // After a pause it makes up for 10 milliseconds at most.
-        pace.refill(Duration::from_secs(60));
-        assert_eq!(std::mem::take(&mut pace.granted), 10_000);
-        pace.refill(Duration::from_secs(60));
-        assert_eq!(pace.granted, 0);
+        let before = limit.due;
+        let given_up = limit.refill(Duration::from_secs(60));
+        assert_eq!(std::mem::take(&mut limit.granted), 10_000);
+        assert_eq!(given_up, 60 * 187_500 - before - 10_000);
+        limit.refill(Duration::from_secs(60));
+        assert_eq!(limit.granted, 0);
     }
 }

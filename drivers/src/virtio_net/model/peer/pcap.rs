@@ -2,11 +2,12 @@
 //!
 //! Meant for what is to be looked at, not for speed: both files are read and written in the device's own step.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::fs::{File, TryLockError};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use pcap_file::pcap::{PcapReader, RawPcapPacket};
@@ -19,7 +20,9 @@ use super::{Frame, Peer, PeerCounters};
 
 /// The longest packet that a capture file has (libpcap's limit for Ethernet).
 const MAX_PACKET: u32 = 262_144;
-/// What was written is flushed when the device asked for so many frames without sending one,
+/// What is written is gathered up to so many bytes.
+const BUFFER: usize = 1 << 16;
+/// It is flushed when the device asked for so many frames without sending one,
 const QUIET_POLLS: u32 = 1024;
 /// or after this time.
 const FLUSH_WITHIN: Duration = Duration::from_secs(1);
@@ -65,8 +68,9 @@ impl Peer for Pcap {
         self.counters.sent(frame.bytes);
         if let Some(output) = &self.output {
             self.polls = 0;
-            if !output.write(frame.bytes) {
-                self.counters.failed.add(1);
+            let lost = output.write(frame.bytes);
+            if lost != 0 {
+                self.counters.not_taken(lost);
             }
         }
         true
@@ -76,7 +80,10 @@ impl Peer for Pcap {
         if self.polls < QUIET_POLLS {
             self.polls += 1;
             if let Some(output) = self.output.as_ref().filter(|_| self.polls == QUIET_POLLS) {
-                output.flush();
+                let lost = output.flush();
+                if lost != 0 {
+                    self.counters.not_taken(lost);
+                }
             }
         }
         let input = self.input.as_mut()?;
@@ -99,6 +106,11 @@ impl Peer for Pcap {
         let frame = input.packet.frame();
         self.counters.received(frame.bytes);
         Some(frame)
+    }
+
+    /// Down once the output can not be written any more.
+    fn link_up(&self) -> bool {
+        self.output.as_ref().is_none_or(|output| !output.is_broken())
     }
 
     fn counters(&self) -> Arc<PeerCounters> {
@@ -197,9 +209,27 @@ fn reader(path: &Path) -> Result<PcapReader<File>> {
     if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
         return Err(refused(path, "it is not a regular file").mend("save the packets in a file first"));
     }
+    // So that nobody empties it meanwhile. Where a file system has no locks it does without.
+    if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!("read the file {}", path.display()),
+            "it is being written",
+        )
+        .mend("wait until whoever writes it has ended, or read a copy"));
+    }
+    let is_empty = file.metadata().is_ok_and(|metadata| metadata.len() == 0);
     let reader = PcapReader::new(file).map_err(|error| {
-        refused(path, format!("it is not a pcap file: {}", why(&error, "it is shorter than its header")))
-            .mend(format!("if it is a pcapng file, convert it: editcap -F pcap {} OUT.pcap", path.display()))
+        let again = "capture it again".to_owned();
+        let (why, mend) = match &error {
+            _ if is_empty => ("it is empty".to_owned(), again),
+            PcapError::InvalidField(_) => (
+                "it does not begin as one does".to_owned(),
+                format!("if it is a pcapng file, convert it: editcap -F pcap {} OUT.pcap", path.display()),
+            ),
+            other => (why(other, "it is shorter than its header"), again),
+        };
+        refused(path, format!("it is not a pcap file: {why}")).mend(mend)
     })?;
     match reader.header().datalink {
         DataLink::ETHERNET => Ok(reader),
@@ -263,18 +293,21 @@ const HEADER: FileHeader = FileHeader {
 struct Output {
     path: PathBuf,
     writer: Mutex<Writer>,
+    /// It could not be written, and has ended: what would follow half a packet is of no use.
+    is_broken: AtomicBool,
 }
 
 struct Writer {
-    file: BufWriter<File>,
+    file: File,
+    /// What is to be written, and how many frames that are.
+    buffer: Vec<u8>,
+    frames: u64,
     flushed: Instant,
-    /// An error was reported.
-    is_broken: bool,
 }
 
 impl Output {
     fn create(path: &Path, input: Option<&Path>) -> Result<Self> {
-        let file = File::options()
+        let mut file = File::options()
             .write(true)
             .create(true)
             .truncate(false)
@@ -284,66 +317,74 @@ impl Output {
         if is_input {
             return Err(refused(path, "it can not be both read and written").mend("name two files"));
         }
-        file.try_lock().map_err(|error| {
-            Error::new(ErrorKind::Busy, format!("write the file {}", path.display()), error.to_string())
-                .mend("another port writes it: give each port a file of its own")
+        file.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => Error::new(
+                ErrorKind::Busy,
+                format!("write the file {}", path.display()),
+                "another port or program uses it",
+            )
+            .mend("give each port a file of its own"),
+            TryLockError::Error(error) => failed(path, "it can not be locked", error),
         })?;
         // A pipe or a device has no length.
         if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
             file.set_len(0).map_err(|error| failed(path, "it can not be made empty", error))?;
         }
-        let mut file = BufWriter::with_capacity(1 << 16, file);
-        file.write_all(HEADER.as_bytes())
-            .and_then(|()| file.flush())
-            .map_err(|error| failed(path, "it can not be written", error))?;
-        let writer = Writer { file, flushed: Instant::now(), is_broken: false };
-        Ok(Self { path: path.to_owned(), writer: Mutex::new(writer) })
+        file.write_all(HEADER.as_bytes()).map_err(|error| failed(path, "it can not be written", error))?;
+        let buffer = Vec::with_capacity(BUFFER + MAX_PACKET as usize);
+        let writer = Writer { file, buffer, frames: 0, flushed: Instant::now() };
+        Ok(Self { path: path.to_owned(), writer: Mutex::new(writer), is_broken: AtomicBool::new(false) })
     }
 
-    /// Writes a frame; false if it is lost.
-    fn write(&self, frame: &[u8]) -> bool {
-        self.with(|writer| {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            let header = RecordHeader {
-                seconds: now.as_secs() as u32,
-                nanoseconds: now.subsec_nanos(),
-                captured_len: frame.len() as u32,
-                original_len: frame.len() as u32,
-            };
-            writer.file.write_all(header.as_bytes())?;
-            writer.file.write_all(frame)?;
-            if writer.flushed.elapsed() >= FLUSH_WITHIN {
-                writer.flush()?;
+    fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Relaxed)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a frame. Returns how many frames are lost: this one, and those that were still to be flushed.
+    fn write(&self, frame: &[u8]) -> u64 {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let header = RecordHeader {
+            seconds: now.as_secs() as u32,
+            nanoseconds: now.subsec_nanos(),
+            captured_len: frame.len() as u32,
+            original_len: frame.len() as u32,
+        };
+        let mut writer = self.writer();
+        writer.buffer.extend_from_slice(header.as_bytes());
+        writer.buffer.extend_from_slice(frame);
+        writer.frames += 1;
+        let is_due = writer.buffer.len() >= BUFFER || writer.flushed.elapsed() >= FLUSH_WITHIN;
+        if is_due || self.is_broken() { self.end_batch(&mut writer) } else { 0 }
+    }
+
+    /// Likewise, without one more.
+    fn flush(&self) -> u64 {
+        self.end_batch(&mut self.writer())
+    }
+
+    fn end_batch(&self, writer: &mut Writer) -> u64 {
+        let frames = std::mem::take(&mut writer.frames);
+        let result = if self.is_broken() { None } else { Some(writer.file.write_all(&writer.buffer)) };
+        writer.buffer.clear();
+        match result {
+            Some(Ok(())) => {
+                writer.flushed = Instant::now();
+                0
             }
-            Ok(())
-        })
-    }
-
-    fn flush(&self) {
-        self.with(Writer::flush);
-    }
-
-    /// Does something with the file and returns whether that went well. The first error is reported; after it the file
-    /// ends, since what would follow half a packet is of no use.
-    fn with(&self, act: impl FnOnce(&mut Writer) -> io::Result<()>) -> bool {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        if writer.is_broken {
-            return false;
+            Some(Err(error)) => {
+                tracing::error!(
+                    "{}: {error}: {frames} frames are lost, nothing more is written to it, and the link goes down",
+                    self.path.display()
+                );
+                self.is_broken.store(true, Ordering::Relaxed);
+                frames
+            }
+            None => frames,
         }
-        let result = act(&mut writer);
-        if let Err(error) = &result {
-            tracing::error!("{}: {error}: nothing more is written to it", self.path.display());
-            writer.is_broken = true;
-        }
-        result.is_ok()
-    }
-}
-
-impl Writer {
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()?;
-        self.flushed = Instant::now();
-        Ok(())
     }
 }
 

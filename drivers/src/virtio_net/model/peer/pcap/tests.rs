@@ -192,6 +192,40 @@ fn a_full_disk_is_counted() {
 }
 
 #[test]
+fn what_can_not_be_written_is_counted_and_the_link_goes_down() {
+    use std::os::fd::AsRawFd;
+
+    let (reader, writer) = io::pipe().unwrap();
+    let path = PathBuf::from(format!("/proc/self/fd/{}", writer.as_raw_fd()));
+    let mut peers = open(None, Some(&path), Pace::Max, 2).unwrap();
+    drop((reader, writer));
+    for _ in 0..3 {
+        assert!(peers[1].transmit(Frame::finished(&[5; 100])));
+    }
+    for _ in 0..QUIET_POLLS {
+        assert!(peers[1].receive().is_none());
+    }
+    assert!(!peers[0].link_up() && !peers[1].link_up());
+    peers[1].transmit(Frame::finished(&[5; 100]));
+    let counters = peers[1].counters();
+    assert_eq!((counters.tx_frames.get(), counters.undelivered.get(), counters.failed.get()), (4, 4, 4));
+}
+
+#[test]
+fn a_file_that_is_written_is_not_read_and_one_that_is_read_not_written() {
+    let folder = Folder::new("locks");
+    let path = folder.write("a.pcap", &capture(PcapHeader::default(), &frames()));
+    let readers = [0, 1].map(|_| open(Some(&path), None, Pace::Max, 1).unwrap());
+    assert_eq!(refusal(None, Some(&path)).kind(), ErrorKind::Busy);
+    drop(readers);
+    let writer = open(None, Some(&path), Pace::Max, 1).unwrap();
+    assert_eq!(refusal(Some(&path), None).kind(), ErrorKind::Busy);
+    drop(writer);
+    let empty = folder.write("empty.pcap", &[]);
+    assert!(refusal(Some(&empty), None).to_string().ends_with("it is empty; capture it again"));
+}
+
+#[test]
 fn packets_come_as_they_were_captured_if_asked_for() {
     let folder = Folder::new("pace");
     let path = folder.write("in.pcap", &capture(PcapHeader::default(), &vec![vec![9; 60]; 30]));
