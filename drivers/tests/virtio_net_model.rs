@@ -475,3 +475,42 @@ fn threads_and_resets_under_load() {
         assert_eq!(rig.memory.bytes[..], before[..], "the device writes after its reset");
     }
 }
+
+#[test]
+fn what_the_peer_can_not_pass_on_is_counted_and_the_driver_sees_the_link_go_down() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let output = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
+    let peer = PeerSpec::parse(&format!("pcap::{output}"), |_| None).unwrap();
+    let mut rig = Rig::new(Profile { peer, ..pairs(1) });
+    drop((reader, writer));
+    let (mut queues, _) = rig.start(STATUS, 1, 8);
+    let (rx, tx) = &mut queues[0];
+    rig.post(rx, &[1600], false);
+    for n in 0..3 {
+        rig.send(tx, &[], &frame(n, 60), &[], false);
+    }
+    // It is written after a quiet time.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while rig.control.link_is_up() && std::time::Instant::now() < deadline {
+        rig.step_all();
+    }
+    assert_eq!(rig.config.read16(6), 0, "the link is down");
+    rig.send(tx, &[], &frame(3, 60), &[], false);
+    rig.step_all();
+    let counts = [Count::TxFrames, Count::TxUndelivered, Count::TxLinkDown];
+    assert_eq!(counts.map(|count| rig.control.count(count)), [4, 3, 1]);
+}
+
+#[test]
+fn a_frame_that_is_reset_with_its_queue_is_counted() {
+    let (hands, peers) = Hand::peers(1);
+    let mut rig = Rig::with_peers(pairs(1), peers);
+    let (mut queues, _) = rig.start(0, 1, 8);
+    let (_, tx) = &mut queues[0];
+    hands[0].0.lock().unwrap().refuses = true;
+    rig.send(tx, &[], &frame(1, 60), &[], false);
+    rig.step_all();
+    rig.common.write8(20, 0);
+    let counts = [Count::TxFrames, Count::TxReset, Count::RxReset];
+    assert_eq!(counts.map(|count| rig.control.count(count)), [1, 1, 0]);
+}

@@ -14,6 +14,7 @@
 //! - A driver that has negotiated `CTRL_RX` starts with its own address and broadcasts; any other receives everything.
 //!   In promiscuous mode VLAN filters do not count.
 //! - While the link is down, what is sent is dropped and counted, and nothing is received.
+//! - A frame that would be cut into more than 2048 segments is dropped and counted as malformed.
 //! - MSI-X counts as enabled. Events without a vector show in the ISR status.
 //! - In order, one used element stands for a batch of buffers only where they have no part that the device writes.
 //!
