@@ -37,7 +37,8 @@ GiB/s are the device's; ratio is its speed relative to memcpy over the same buff
 /// What to read from the tables of packets.
 const PACKETS_EXPLAINED: &str = "\
 Packets came from a generator to one port's receive queue, and went, their addresses swapped, to the other's transmit
-queue: each through the driver, the software device and its IOMMU, without being copied on the way.
+queue: each through the driver, the software device and its IOMMU. The application and the driver do not copy them;
+the software device does, as real ones do by DMA.
 ";
 
 /// What to do then; `command` starts this program.

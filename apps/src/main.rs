@@ -24,8 +24,9 @@ use clap::{CommandFactory, FromArgMatches as _, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
+use underpass::worker;
 
-/// What a command line is refused for after clap took it: exit status 2 instead of 1.
+/// What a command line is refused for after clap took it.
 #[derive(Debug)]
 struct Usage(String);
 
@@ -36,6 +37,17 @@ impl fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
+
+/// Whether the user asked for what makes no sense: exit status 2 instead of 1.
+fn is_usage(error: &anyhow::Error) -> bool {
+    let is_invalid = |error: &underpass::Error| error.kind() == underpass::ErrorKind::InvalidInput;
+    error.is::<Usage>() || error.downcast_ref().is_some_and(is_invalid)
+}
+
+/// Whether a worker can run on `core`, which the user named.
+fn check_core(core: usize) -> anyhow::Result<()> {
+    worker::check_core(core).map_err(|error| Usage(error.to_string()).into())
+}
 
 /// Where the warning of missing huge pages comes from.
 const SMALL_PAGES: &str = "underpass_iommu::memory::host";
@@ -123,7 +135,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("underpass: {error:#}");
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }
 }

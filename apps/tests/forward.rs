@@ -101,10 +101,10 @@ fn generated_captures_come_through_and_what_is_no_frame_is_counted() {
         frame
     };
     let lens: Vec<usize> =
-        [0, 1, 13].into_iter().chain(14..80).chain(1500..=1518).chain([1519, 1700, 2000]).collect();
+        [0, 1, 13].into_iter().chain(14..80).chain(1500..=1514).chain([1515, 1700, 2000]).collect();
     let frames: Vec<_> = lens.iter().map(|len| frame(*len)).collect();
     write_packets(&input, &frames);
-    let fit: Vec<_> = frames.iter().filter(|frame| (14..=1518).contains(&frame.len())).cloned().collect();
+    let fit: Vec<_> = frames.iter().filter(|frame| (14..=1514).contains(&frame.len())).cloned().collect();
     for options in ["mtu=9000,", "mtu=9000,ring=split,"] {
         let port = format!("soft:virtio-net,{options}peer=pcap:{input}:{out}");
         let report = forward(&["--port", &port, "--idle", "0.1"]);
@@ -270,10 +270,24 @@ fn the_json_object_keeps_its_contract() {
 }
 
 #[test]
+fn a_core_without_work_is_told_of() {
+    let output = underpass(&["forward", "--packets", "100", "--cores", "0,1"]);
+    let told =
+        errors(&output).iter().any(|line| line == "note: core 1 has nothing to do: --queues 2 uses it");
+    // There may be one core only.
+    assert!(told || output.status.code() == Some(2), "{}", text(&output.stderr));
+}
+
+#[test]
 fn without_ports_it_joins_two() {
     for mode in ["io", "mac", "macswap", "rxonly", "txonly", "flowgen"] {
         let report = forward(&["--mode", mode, "--seconds", "0.2"]);
         assert_eq!(report["ports"].as_array().map(Vec::len), Some(2), "{mode}");
+        let queues = report["queues"].as_array().expect("an array");
+        let all: u64 = queues.iter().filter_map(|queue| queue["packets"].as_u64()).sum();
+        let rate = report["packets_per_second"].as_f64().expect("a rate");
+        let seconds = report["seconds"].as_f64().expect("a time");
+        assert!((rate * seconds - all as f64).abs() < 1.0, "{mode}: {report}");
         assert!(report["packets_per_second"].as_f64() > Some(1000.0), "{mode}: {report}");
         for port in 0..2 {
             for key in ["rx_dropped", "tx_dropped", "errors"] {
@@ -348,13 +362,16 @@ fn bad_input_is_one_line_and_the_right_status() {
         (&text_file, 2, "not a pcap file"),
         (&cut, 2, "not whole"),
         (&big, 2, "packet 1 is"),
-        // What the device or the machine can not do.
+        ("--cores 60000", 2, "60000"),
+        ("--queues 17", 2, "16"),
+        ("--port soft:virtio-net --queues 2", 2, "--queues 1"),
+        ("--mtu 10", 2, "68"),
+        ("--mtu 9000 --port soft:virtio-net", 2, "1500"),
+        ("--packet-size 1515", 2, "--mtu"),
+        // What the machine can not do.
         (&missing, 1, "/nowhere/at/all.pcap"),
         (&twice, 1, "another port writes it"),
         ("--port 3b:00.0", 1, "soft:"),
-        ("--cores 60000", 1, "60000"),
-        ("--port soft:virtio-net --queues 2", 1, "--queues 1"),
-        ("--mtu 9000 --port soft:virtio-net", 1, "1500"),
         ("--pcap /nowhere/at/all.pcap", 1, "/nowhere/at/all.pcap"),
         (&dir, 1, "directory"),
     ] {
@@ -369,13 +386,64 @@ fn bad_input_is_one_line_and_the_right_status() {
 }
 
 #[test]
-fn a_capture_that_can_not_be_written_to_its_end_is_an_error() {
-    if !std::path::Path::new("/dev/full").exists() {
+fn a_full_disk_ends_the_run_and_keeps_its_result() {
+    let script = r#"
+        set -e
+        mount -t tmpfs -o size=100k tmpfs "$1"
+        status=0
+        "$0" forward --json --seconds 60 --pcap "$1/copy.pcap" || status=$?
+        cp "$1/copy.pcap" "$2"
+        exit $status
+    "#;
+    let unshare = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount"]).args(arguments).output()
+    };
+    let scratch = Scratch::new("full");
+    let folder = scratch.path("");
+    let mounts = unshare(&["mount", "-t", "tmpfs", "tmpfs", &folder]);
+    if !mounts.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: no file system can be mounted in a namespace here");
         return;
     }
-    let output = underpass(&["forward", "--seconds", "1", "--pcap", "/dev/full"]);
+    let kept = std::env::temp_dir().join(format!("underpass-cli-{}-kept.pcap", std::process::id()));
+    let kept = kept.to_str().expect("UTF-8");
+    let arguments = ["sh", "-c", script, env!("CARGO_BIN_EXE_underpass"), &folder, kept];
+    let output = unshare(&arguments).expect("unshare");
+    let errors = errors(&output);
+    assert_eq!(output.status.code(), Some(1), "{errors:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert!(report["seconds"].as_f64() < Some(30.0) && report["unexplained"] == 0, "{report}");
+    let found = packets(kept).len();
+    assert!(found > 500, "{found}");
+    assert_eq!(report["capture"]["packets"], found);
+    assert!(report["capture"]["missed"].as_u64() > Some(0), "{report}");
+    let says = errors.iter().find(|line| line.contains("copy.pcap")).expect("an error");
+    assert!(says.contains("No space left") && says.contains("make room"), "{says}");
+    fs::remove_file(kept).expect("the copy");
+}
+
+#[test]
+fn a_capture_is_not_written_to_what_a_port_writes() {
+    let scratch = Scratch::new("in-use");
+    let out = scratch.path("out.pcap");
+    let port = format!("soft:virtio-net,peer=pcap:{PING}:{out}");
+    let output = underpass(&["forward", "--port", &port, "--idle", "0.1", "--pcap", &out]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(errors(&output)[0].contains("/dev/full"), "{:?}", errors(&output));
+    let errors = errors(&output);
+    assert!(errors[0].ends_with("reads or writes it; name another file"), "{errors:?}");
+}
+
+#[test]
+fn a_capture_goes_to_a_file_and_waits_for_nobody() {
+    let scratch = Scratch::new("fifo");
+    let fifo = scratch.path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo").success());
+    for path in [&fifo, "/dev/full"] {
+        let output = underpass(&["forward", "--seconds", "1", "--pcap", path]);
+        assert_eq!(output.status.code(), Some(2), "{path}");
+        assert!(errors(&output)[0].contains("not a regular file"), "{path}: {:?}", errors(&output));
+    }
 }
 
 #[test]

@@ -24,10 +24,21 @@ pub struct Scheme {
     pub name: &'static str,
     /// What is behind it, in one line.
     pub what: &'static str,
+    /// The class of what it opens.
+    pub class: Class,
     /// The options that it takes.
     pub options: &'static [SchemeOption],
     /// Opens it. Options are known to be among `options`, each given once.
     pub open: fn(&Address<'_>) -> Result<Device>,
+}
+
+/// What a device is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// It does jobs on memory.
+    Accelerator,
+    /// It sends and receives packets.
+    Port,
 }
 
 /// An open device, by its class.
@@ -163,6 +174,20 @@ fn invalid(address: &str, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("open {address:?}"), why)
 }
 
+/// The refusal of a device of this class where one of the other is wanted.
+fn other_class(address: &str, class: Class) -> Error {
+    let (why, mend) = match class {
+        Class::Port => {
+            ("it is a network port, not an accelerator", "try soft:dsa; for packets: underpass forward")
+        }
+        Class::Accelerator => (
+            "it is an accelerator, not a network port",
+            "try soft:virtio-net; for an accelerator: underpass copy",
+        ),
+    };
+    invalid(address, why.to_owned()).mend(mend)
+}
+
 fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: Vec<_> = names.collect();
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
@@ -215,10 +240,9 @@ impl Registry {
     /// [`open`](Self::open), with a `core` for a software device's threads where the address names none. The device
     /// keeps the name that the user gave it.
     pub fn open_on(&self, address: &str, core: Option<usize>) -> Result<Box<dyn Accelerator>> {
-        match self.open_device(address, core)? {
+        match self.open_as(Some(Class::Accelerator), address, core)? {
             Device::Accelerator(device) => Ok(device),
-            Device::Port(_) => Err(invalid(address, "it is a network port, not an accelerator".to_owned())
-                .mend("try soft:dsa; for packets: underpass forward")),
+            Device::Port(_) => Err(other_class(address, Class::Port)),
         }
     }
 
@@ -227,12 +251,9 @@ impl Registry {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_port(&self, address: &str) -> Result<Box<dyn Port>> {
-        match self.open_device(address, None)? {
+        match self.open_as(Some(Class::Port), address, None)? {
             Device::Port(port) => Ok(port),
-            Device::Accelerator(_) => {
-                Err(invalid(address, "it is an accelerator, not a network port".to_owned())
-                    .mend("try soft:virtio-net; for an accelerator: underpass copy"))
-            }
+            Device::Accelerator(_) => Err(other_class(address, Class::Accelerator)),
         }
     }
 
@@ -242,8 +263,16 @@ impl Registry {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_device(&self, address: &str, core: Option<usize>) -> Result<Device> {
+        self.open_as(None, address, core)
+    }
+
+    /// Opens a device, of one class if that is given: one of another is refused before anything is built.
+    fn open_as(&self, class: Option<Class>, address: &str, core: Option<usize>) -> Result<Device> {
         let address = Address::parse(address, core)?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
+            if class.is_some_and(|class| class != scheme.class) {
+                return Err(other_class(address.text, scheme.class));
+            }
             address.check_options(scheme)?;
             return (scheme.open)(&address);
         }
@@ -253,7 +282,11 @@ impl Registry {
                 format!("open {:?}", address.text),
                 "PCI devices of the kernel come with a later version",
             )
-            .mend("try a software device: soft:dsa"));
+            .mend(match class {
+                Some(Class::Accelerator) => "try a software device: soft:dsa",
+                Some(Class::Port) => "try a software device: soft:virtio-net",
+                None => "try a software device: soft:dsa, or soft:virtio-net",
+            }));
         }
         let known = listed(self.schemes.iter().map(|scheme| scheme.name));
         Err(invalid(address.text, "no such kind of device is known".to_owned())
@@ -324,7 +357,10 @@ mod tests {
         for address in ["0000:3b:00.0", "3b:00.0", "0000:6a:01.0,mode=shared"] {
             let error = refused(address);
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{address}");
-            assert!(error.mend_text().is_some_and(|mend| mend.contains("soft:dsa")));
+            assert_eq!(error.mend_text(), Some("try a software device: soft:dsa"));
+            let error = builtin().open_port(address).map(drop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{address}");
+            assert_eq!(error.mend_text(), Some("try a software device: soft:virtio-net"));
         }
         for address in ["0000:3b:00", "3b.0", "xyz:3b:00.0", "0000:3b:00.00", "0:0:0:0.0"] {
             assert_eq!(refused(address).kind(), ErrorKind::InvalidInput, "{address}");
@@ -333,6 +369,15 @@ mod tests {
 
     #[test]
     fn a_device_of_another_class_is_refused() {
+        const BUILDS: Scheme = Scheme {
+            name: "mine",
+            what: "must not be built",
+            class: Class::Accelerator,
+            options: &[],
+            open: |_| panic!("built"),
+        };
+        let error = builtin().with(&BUILDS).open_port("mine").map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
         let error = builtin().open_port("soft:dsa").map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert!(error.to_string().contains("not a network port"), "{error}");
@@ -352,6 +397,7 @@ mod tests {
         const MINE: Scheme = Scheme {
             name: "cpu",
             what: "refuses",
+            class: Class::Accelerator,
             options: &[SchemeOption { name: "why", values: "TEXT", what: "the reason" }],
             open: |address| Err(invalid(address.text(), address.option("why").unwrap_or("none").to_owned())),
         };

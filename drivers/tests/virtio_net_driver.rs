@@ -257,7 +257,7 @@ fn what_is_sent_comes_back_as_it_was_on_every_kind_of_ring() {
         let mut queues = rig.start(&rig.config());
         for round in 0..40 {
             let frames: Vec<_> =
-                (0..32).map(|n| frame(round * 32 + n, 14 + (round * 32 + n) % 1505)).collect();
+                (0..32).map(|n| frame(round * 32 + n, 14 + (round * 32 + n) % 1501)).collect();
             queues.send(0, frames.iter().map(|bytes| rig.packet(bytes)).collect());
             let back = queues.receive(0, frames.len());
             for (packet, bytes) in back.iter().zip(&frames) {
@@ -265,7 +265,7 @@ fn what_is_sent_comes_back_as_it_was_on_every_kind_of_ring() {
                 assert_eq!((packet.port(), packet.queue(), packet.checksum()), (0, 0, Checksum::Unknown));
             }
         }
-        let bytes: usize = (0..40 * 32).map(|n| 14 + n % 1505).sum();
+        let bytes: usize = (0..40 * 32).map(|n| 14 + n % 1501).sum();
         let expected = Values { packets: 40 * 32, bytes: bytes as u64, ..Values::default() };
         drop(queues);
         assert_eq!((rig.rx_values(0), rig.tx_values(0)), (expected, expected));
@@ -327,7 +327,7 @@ fn packets_that_can_not_be_sent_are_dropped_and_counted() {
         let (mut rig, wire) = wired(profile);
         let other = pool();
         let mut queues = rig.start(&rig.config());
-        let good = frame(1, 1518);
+        let good = frame(1, 1514);
         let without_headroom = |bytes: &[u8]| {
             let mut packet = rig.pool.alloc().unwrap();
             packet.reset(0);
@@ -348,6 +348,7 @@ fn packets_that_can_not_be_sent_are_dropped_and_counted() {
                 })
                 .unwrap(),
         );
+        let tagged_frame = [&good[..12], &[0x81, 0, 0, 7], &good[12..]].concat();
         let mut tagged = rig.packet(&good[..100]);
         tagged.set_vlan(Some(5));
         let mut offloaded = rig.packet(&good[..100]);
@@ -362,16 +363,19 @@ fn packets_that_can_not_be_sent_are_dropped_and_counted() {
                 rig.packet(&good[..13]),
                 rig.packet(&[]),
                 rig.packet(&[&good[..], &[0]].concat()),
+                // A tag is not counted in the MTU.
+                rig.packet(&tagged_frame),
+                rig.packet(&[&tagged_frame[..], &[0]].concat()),
             ],
         );
         queues.send(0, vec![long_chain, half_mapped, tagged, without_headroom(&good), offloaded, unmapped]);
         queues.send(0, vec![rig.packet(&good[..14])]);
-        assert_eq!(wire.frames(), [&good[..], &good, &good[..14]]);
+        assert_eq!(wire.frames(), [&good[..], &tagged_frame, &good, &good[..14]]);
         let expected = Values {
-            packets: 3,
-            bytes: 2 * 1518 + 14,
+            packets: 4,
+            bytes: 2 * 1514 + 1518 + 14,
             runts: 2,
-            oversize: 1,
+            oversize: 2,
             refused: 5,
             ..Values::default()
         };
@@ -379,6 +383,25 @@ fn packets_that_can_not_be_sent_are_dropped_and_counted() {
         drop(queues);
         rig.finish();
         assert_eq!(other.available(), other.capacity());
+    }
+}
+
+#[test]
+fn a_packet_that_can_not_be_sent_is_counted_also_behind_a_ring_that_is_full() {
+    for (name, profile) in flavours() {
+        println!("{name}, notified: {}", profile.notified);
+        let (mut rig, wire) = wired(profile);
+        let mut queues = rig.start(&rig.config());
+        let mut long_chain = rig.packet(&frame(0, 100));
+        (0..50).for_each(|n| long_chain.chain(rig.packet(&frame(n, 20))));
+        let mut packets: Vec<_> = (0..64).map(|n| rig.packet(&frame(n, 60))).collect();
+        packets.push(long_chain);
+        queues.send(0, packets);
+        assert_eq!(wire.frames().len(), 64);
+        let expected = Values { packets: 64, bytes: 64 * 60, refused: 1, ..Values::default() };
+        assert_eq!(rig.tx_values(0), expected);
+        drop(queues);
+        rig.finish();
     }
 }
 
@@ -484,6 +507,7 @@ fn what_the_device_knows_of_checksums_and_segments_comes_with_the_packet() {
         assert_eq!(back[0].len(), 30_054, "one packet, not cut on a cable in this process");
         assert_eq!(back[0].checksum(), Checksum::Partial);
         assert_eq!(back[1].checksum(), Checksum::Partial);
+        assert_eq!((back[0].segment_size(), back[1].segment_size()), (Some(1400), None));
         drop((back, queues));
         rig.finish();
         assert_eq!(large.available(), large.capacity());
@@ -525,6 +549,9 @@ fn vlan_tags_are_taken_out_and_put_in() {
     assert_eq!((bytes_of(&back[0]), back[0].vlan()), (plain.clone(), Some(0x6007)));
     assert_eq!((bytes_of(&back[1]), back[1].vlan()), (plain, None));
     assert_eq!((back[2].len(), back[2].vlan()), (17, None));
+    // Both count what is on the wire.
+    assert_eq!(rig.rx_values(0).bytes, 304 + 300 + 17);
+    assert_eq!(rig.tx_values(0).bytes, sent.iter().map(|frame| frame.len() as u64).sum::<u64>());
     drop((back, queues));
     rig.finish();
 }
@@ -720,6 +747,39 @@ fn a_configuration_that_can_not_be_is_refused_and_starts_nothing() {
 }
 
 #[test]
+fn queues_may_be_as_short_as_a_device_has_them() {
+    for features in [Profile::SUPPORTED, Profile::SUPPORTED - Features::RING_PACKED] {
+        for max_queue_size in [2, 4, 8] {
+            let mut rig = rig(Profile { max_queue_size, features, ..Profile::default() });
+            let mut queues = rig.start(&Config { rx_depth: 0, tx_depth: 0, ..rig.config() });
+            for n in 0..20 {
+                queues.send(0, vec![rig.packet(&frame(n, 100))]);
+                assert_eq!(bytes_of(&queues.receive(0, 1)[0]), frame(n, 100));
+                rig.port.set_promiscuous(n % 2 == 0).unwrap();
+            }
+            drop(queues);
+            rig.finish();
+        }
+    }
+}
+
+#[test]
+fn pools_that_the_start_has_mapped_are_not_mapped_once_it_is_stopped() {
+    let mut rig = rig(Profile::default());
+    let (own, other) = (pool(), rig.pool.clone());
+    rig.port.map(&own).unwrap();
+    for pool in [&own, &other] {
+        let config = Config { pools: vec![pool.clone()], ..rig.config() };
+        let started = rig.port.start(&config).unwrap();
+        drop(started);
+        rig.port.stop().unwrap();
+    }
+    assert_eq!(rig.port.unmap(&other).unwrap_err().kind(), ErrorKind::NotFound);
+    rig.port.unmap(&own).unwrap();
+    rig.finish();
+}
+
+#[test]
 fn a_device_that_goes_past_the_iommu_or_is_a_legacy_one_is_not_driven() {
     let features = Profile::SUPPORTED - Features::ACCESS_PLATFORM;
     let model = VirtioNetModel::new(Profile { features, ..Profile::default() }).unwrap();
@@ -799,6 +859,9 @@ fn a_pool_that_runs_dry_is_counted_once_a_buffer_and_recovers() {
     let held = queues.receive(0, 64);
     queues.nothing(0);
     assert_eq!(rig.rx_values(0).no_buffers, 64);
+    let exhausted = small.exhausted();
+    (0..10).for_each(|_| queues.nothing(0));
+    assert_eq!(small.exhausted(), exhausted, "the same buffers are asked for in vain again and again");
     drop(held);
     let mut n = 64;
     while n < 200 {
@@ -819,14 +882,18 @@ fn a_pool_that_runs_dry_is_counted_once_a_buffer_and_recovers() {
 fn frames_that_are_too_long_or_too_short_are_not_received() {
     let (mut rig, wire) = wired(Profile { mtu: 3000, ..Profile::default() });
     let mut queues = rig.start(&Config { mtu: Some(1000), ..rig.config() });
-    for len in [1018, 1019, 14, 13] {
-        wire.arrive(&frame(0, 1019)[..len]);
+    for len in [1014, 1015, 14, 13] {
+        wire.arrive(&frame(0, 1015)[..len]);
     }
+    let mut tagged = frame(0, 1019);
+    tagged[12..14].copy_from_slice(&[0x81, 0]);
+    wire.arrive(&tagged[..1018]);
+    wire.arrive(&tagged);
     wire.arrive(&frame(0, 15));
-    let lens: Vec<_> = queues.receive(0, 3).iter().map(Packet::len).collect();
-    assert_eq!(lens, [1018, 14, 15]);
+    let lens: Vec<_> = queues.receive(0, 4).iter().map(Packet::len).collect();
+    assert_eq!(lens, [1014, 14, 1018, 15]);
     let values = rig.rx_values(0);
-    assert_eq!((values.packets, values.oversize), (3, 1));
+    assert_eq!((values.packets, values.oversize), (4, 2));
     assert_eq!(values.runts + rig.control.count(Count::RxOversize), 1, "the model lets runts through");
     drop(queues);
     rig.finish();

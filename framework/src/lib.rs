@@ -9,11 +9,13 @@
 //! - [`dma`]: buffers in DMA memory, and which of them one queue can address.
 //! - [`ring`]: bounded queues between threads, without locks.
 //! - [`worker`]: pinned threads that poll, their counters and how they idle.
+//! - [`tap`]: an interface of the kernel's network stack, as frames.
 //! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over a software model of it.
 //! - [`model`]: what such a model implements.
 //!
 //! `unsafe` lives in [`bar`] (MMIO), [`dma`] (memory that a device shares), [`ring`] (memory that threads share), [`pool`] and
-//! `packet` (owned pointers into memory of pools); each of them starts with the invariant that makes it sound.
+//! `packet` (owned pointers into memory of pools), and [`tap`] (one system call); each of them starts with what makes it
+//! sound.
 
 pub mod accel;
 pub mod bar;

@@ -18,7 +18,7 @@ use crate::dma::DmaMemory;
 use crate::dma::sealed::{Span, Spanned};
 use crate::pool::{HEADROOM, Shared};
 
-/// One segment of a packet and, behind it, the rest of the chain. Dropping it gives all of it back to its pool.
+/// One segment of a packet and, behind it, the rest of the chain. Dropping it gives each segment back to its pool.
 ///
 /// What it says of itself (offloads, port, queue, timestamp) is in CPU-only memory: a device reaches the bytes alone.
 #[repr(transparent)]
@@ -64,7 +64,7 @@ unsafe impl Send for Packet {}
 // SAFETY: through a shared reference they are only read.
 unsafe impl Sync for Packet {}
 
-/// Bits of `Meta::flags`.
+/// Bits of `Content::flags`.
 mod flag {
     pub(super) const RSS_HASH: u16 = 1 << 0;
     pub(super) const VLAN: u16 = 1 << 1;
@@ -77,6 +77,8 @@ mod flag {
     pub(super) const TX_SEGMENT: u16 = 1 << 7;
     pub(super) const TX_UDP: u16 = 1 << 8;
     pub(super) const TX_IPV6: u16 = 1 << 9;
+    /// `Meta::mss` is that of the segments that were joined.
+    pub(super) const JOINED: u16 = 1 << 10;
 }
 
 impl Packet {
@@ -336,6 +338,24 @@ impl Packet {
         meta.content.flags = meta.content.flags & !flag::CHECKSUM | (checksum as u16) << flag::CHECKSUM_SHIFT;
     }
 
+    /// Bytes of payload in each of the segments that were joined to this packet, but for the last, which may have less
+    /// ([`RX_LARGE`](crate::net::Offloads::RX_LARGE)): what [`TxOffload::segment`] has to be to send it on. `None` if none
+    /// were joined, or an offload was [set](Self::set_tx_offload) since.
+    #[inline]
+    pub fn segment_size(&self) -> Option<u16> {
+        let meta = self.meta();
+        (meta.content.flags & flag::JOINED != 0).then_some(meta.mss)
+    }
+
+    /// For drivers: it was joined of segments with so many bytes of payload; 0 if it was not joined.
+    #[inline]
+    pub fn set_segment_size(&mut self, size: u16) {
+        let meta = self.meta_mut();
+        let joined = if size == 0 { 0 } else { flag::JOINED };
+        meta.content.flags = meta.content.flags & !flag::JOINED | joined;
+        meta.mss = size;
+    }
+
     /// Whether it is one segment, and asks nothing of the device that sends it: no offload, no VLAN tag.
     #[inline]
     pub fn is_plain(&self) -> bool {
@@ -375,6 +395,7 @@ impl Packet {
         let Some(offload) = offload else { return };
         (meta.l2_len, meta.l3_len, meta.l4_len) = (offload.l2_len, offload.l3_len, offload.l4_len);
         meta.mss = offload.segment;
+        meta.content.flags &= !flag::JOINED;
         for (asked, bit) in [
             (offload.ip_checksum, flag::TX_IP_CHECKSUM),
             (offload.l4_checksum, flag::TX_L4_CHECKSUM),

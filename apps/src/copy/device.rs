@@ -7,7 +7,7 @@ use underpass::{Error, ErrorKind, worker};
 use super::args::{Args, OPS};
 use super::expect::Shape;
 use super::turns::Cores;
-use crate::{Usage, size};
+use crate::size;
 
 /// The device with its channels set up.
 pub(crate) struct Opened {
@@ -21,11 +21,7 @@ pub(crate) struct Opened {
 /// Opens the device for `queues` queues, if it can do jobs of `shape`.
 pub(crate) fn open(args: &Args, shape: &Shape, queues: usize) -> anyhow::Result<Opened> {
     let (engine, cores) = place(&args.device, &args.core)?;
-    let mut device =
-        underpass_drivers::builtin().open_on(&args.device, engine).map_err(|error| match error.kind() {
-            ErrorKind::InvalidInput => Usage(error.to_string()).into(),
-            _ => anyhow::Error::new(error),
-        })?;
+    let mut device = underpass_drivers::builtin().open_on(&args.device, engine)?;
     check(&*device, args.batch, shape, queues).map_err(|error| error.device(args.device.clone()))?;
     let depth = args.depth.unwrap_or(0);
     let config = Config { channels: queues, depth, batch: args.batch, ..Config::default() };
@@ -67,7 +63,7 @@ fn check(device: &dyn Accelerator, batch: usize, shape: &Shape, queues: usize) -
 /// one, unless the address names another; the drivers on the others. Where the engine is no thread of this machine, memcpy runs where the driver does.
 fn place(device: &str, asked: &[usize]) -> anyhow::Result<(Option<usize>, Cores)> {
     for core in asked {
-        worker::check_core(*core)?;
+        crate::check_core(*core)?;
     }
     let all = worker::cores();
     let Some(last) = all.last() else { bail!("cannot find out which cores this process may use") };

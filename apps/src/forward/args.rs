@@ -45,7 +45,7 @@ pub(crate) struct Args {
     #[arg(long, value_parser = positive::<u16>)]
     pub(crate) flows: Option<u16>,
     /// The station that packets of a port go to, in the modes mac, txonly and flowgen: 1,02:00:00:00:00:01
-    /// [default: 02:00:00:00:00:00 with the port's number in its end]
+    /// [default: 02:01:00:00:00:00 with the port's number in its end]
     #[arg(long, value_name = "PORT,MAC", value_parser = eth_peer)]
     pub(crate) eth_peer: Vec<(usize, MacAddr)>,
     /// Stop after this time [default: 5 without --port, else none]
@@ -57,8 +57,8 @@ pub(crate) struct Args {
     /// Stop when no packet has come for so many seconds
     #[arg(long, value_parser = seconds, value_name = "SECONDS")]
     pub(crate) idle: Option<Duration>,
-    /// Write a copy of what passes to this file, for tcpdump and Wireshark: packets as they are sent, or with rxonly as
-    /// they are received
+    /// Write a copy of what passes to this file, for tcpdump and Wireshark: packets as they are offered
+    /// for sending, even if they are dropped then, or with rxonly as they are received
     #[arg(long, value_name = "FILE")]
     pub(crate) pcap: Option<PathBuf>,
     /// Print the result as one JSON object

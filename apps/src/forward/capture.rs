@@ -4,18 +4,19 @@
 //! chunks to the one thread that writes. Both ways go through rings, so that a lane makes no system call and waits for
 //! nothing; a packet that finds no chunk is not captured, and counted.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::fs::{File, TryLockError};
+use std::io::{self, Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, anyhow};
-use underpass::Packet;
+use rustix::fs::OFlags;
 use underpass::ring::{self, Consumer, Producer};
-use zerocopy::{Immutable, IntoBytes};
+use underpass::{Error, ErrorKind, Packet};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Bytes of a chunk: some 200 µs of 10 Gbit/s.
 const CHUNK: usize = 256 << 10;
@@ -51,7 +52,7 @@ const FILE_HEADER: FileHeader = FileHeader {
 };
 
 /// What stands before each packet's bytes (section 5).
-#[derive(IntoBytes, Immutable)]
+#[derive(IntoBytes, FromBytes, Immutable)]
 #[repr(C)]
 struct RecordHeader {
     seconds: u32,
@@ -159,46 +160,113 @@ struct Source {
 /// A capture that is going on.
 #[derive(Debug)]
 pub(super) struct Capture {
-    path: PathBuf,
-    writer: JoinHandle<std::io::Result<u64>>,
-    stop: Arc<AtomicBool>,
+    writer: JoinHandle<u64>,
+    shared: Arc<Shared>,
+}
+
+/// What the writer and others know of each other.
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    failure: OnceLock<Error>,
     missed: Arc<AtomicU64>,
 }
 
 /// What a capture came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Captured {
     /// Packets in the file.
     pub(super) packets: u64,
-    /// Packets that are not, because the file was written more slowly than they came.
+    /// Packets that are not, because the file did not keep up with them or could not be written to its end.
     pub(super) missed: u64,
 }
 
 impl Capture {
     /// Begins a file, and gives a tap for each of `lanes`.
-    pub(super) fn create(path: &Path, lanes: usize) -> anyhow::Result<(Self, Vec<Tap>)> {
-        let failed = || format!("cannot write {}", path.display());
-        let mut file = File::create(path).with_context(failed)?;
-        file.write_all(FILE_HEADER.as_bytes()).with_context(failed)?;
-
-        let (stop, missed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (taps, sources) = (0..lanes).map(|_| connect(&missed)).unzip();
-        let stopped = Arc::clone(&stop);
+    ///
+    /// # Errors
+    /// The file can not be written, is no regular file, or somebody else reads or writes it.
+    pub(super) fn create(path: &Path, lanes: usize) -> Result<(Self, Vec<Tap>), Error> {
+        let mut file = open(path)?;
+        file.write_all(FILE_HEADER.as_bytes()).map_err(|error| not_written(path, error))?;
+        let shared = Arc::new(Shared::default());
+        let (taps, sources) = (0..lanes).map(|_| connect(&shared.missed)).unzip();
+        let (name, writers) = (path.to_owned(), Arc::clone(&shared));
         let writer = thread::Builder::new()
             .name("capture".to_owned())
-            .spawn(move || write(&mut file, sources, &stopped))
-            .with_context(failed)?;
-        Ok((Self { path: path.to_owned(), writer, stop, missed }, taps))
+            .spawn(move || write(&name, &mut file, sources, &writers))
+            .map_err(|error| Error::os(operation(path), "no thread could be made", error))?;
+        Ok((Self { writer, shared }, taps))
     }
 
-    /// Writes what is left and ends the file. The taps are to be gone.
-    pub(super) fn finish(self) -> anyhow::Result<Captured> {
-        // Release, for the writer's Acquire: what taps handed over is there for the round after that.
-        self.stop.store(true, Ordering::Release);
-        let failed = || format!("cannot write {}", self.path.display());
-        let written = self.writer.join().map_err(|_| anyhow!("its thread panicked")).with_context(failed)?;
-        Ok(Captured { packets: written.with_context(failed)?, missed: self.missed.load(Ordering::Relaxed) })
+    /// Whether the file could not be written: it gets no more packets.
+    pub(super) fn has_failed(&self) -> bool {
+        self.shared.failure.get().is_some()
     }
+
+    /// Writes what is left and ends the file. The taps are to be gone. Says also what stopped it before its end.
+    pub(super) fn finish(self) -> (Captured, Option<Error>) {
+        // Release, for the writer's Acquire: what taps handed over is there for the round after that.
+        self.shared.stop.store(true, Ordering::Release);
+        let joined = self.writer.join();
+        let panicked =
+            || Error::new(ErrorKind::Os, "write the capture", "its thread panicked").mend("report it");
+        let failure = self.shared.failure.get().cloned().or_else(|| joined.is_err().then(panicked));
+        let captured = Captured {
+            packets: joined.unwrap_or_default(),
+            missed: self.shared.missed.load(Ordering::Relaxed),
+        };
+        (captured, failure)
+    }
+}
+
+/// Opens a file for this capture alone, and only then makes it empty: it may be what a port reads or writes.
+fn open(path: &Path) -> Result<File, Error> {
+    let refused = |kind, why, mend| Err(Error::new(kind, operation(path), why).mend(mend));
+    // Not waiting for a reader, if it is a pipe.
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path);
+    let is_else = |metadata: io::Result<std::fs::Metadata>| {
+        metadata.is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
+    };
+    if is_else(file.as_ref().map_or_else(|_| path.metadata(), File::metadata)) {
+        let mend = "name a file, and read that: tcpdump -r FILE";
+        return refused(ErrorKind::InvalidInput, "it is not a regular file", mend);
+    }
+    let file = file.map_err(|error| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir());
+        let mend = match folder {
+            Some(folder) => format!("make its directory first: mkdir -p {}", folder.display()),
+            None => "name a file that you may write".to_owned(),
+        };
+        Error::os(operation(path), "it can not be opened", error).mend(mend)
+    })?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let why = "a port of this command, or another command, reads or writes it";
+            return refused(ErrorKind::Busy, why, "name another file");
+        }
+        Err(TryLockError::Error(error)) => {
+            return Err(Error::os(operation(path), "it can not be locked", error)
+                .mend("name a file on a local file system"));
+        }
+    }
+    file.set_len(0).map_err(|error| not_written(path, error))?;
+    Ok(file)
+}
+
+fn operation(path: &Path) -> String {
+    format!("write the capture {}", path.display())
+}
+
+fn not_written(path: &Path, error: io::Error) -> Error {
+    Error::os(operation(path), "it takes no more", error)
+        .mend("make room there or name a file elsewhere; --packets bounds how many there are")
 }
 
 /// The two ends of a lane.
@@ -213,17 +281,25 @@ fn connect(missed: &Arc<AtomicU64>) -> (Tap, Source) {
     (tap, Source { full, free: to_tap })
 }
 
-/// Writes chunks as they come, until it is told to stop and none is left; returns how many packets it wrote. After an
-/// error the taps find no more chunks.
-fn write(file: &mut File, mut sources: Vec<Source>, stopped: &AtomicBool) -> std::io::Result<u64> {
+/// Writes chunks as they come, until it is told to stop and none is left; returns how many packets are in the file.
+/// After an error the file ends with its last whole packet, and all others are missed.
+fn write(path: &Path, file: &mut File, mut sources: Vec<Source>, shared: &Shared) -> u64 {
     let mut written = 0;
     loop {
-        let last = stopped.load(Ordering::Acquire);
+        let last = shared.stop.load(Ordering::Acquire);
         let mut idle = true;
         for source in &mut sources {
             while let Some(mut chunk) = source.full.pop() {
-                file.write_all(&chunk.bytes)?;
-                written += chunk.packets;
+                let mut whole = 0;
+                if shared.failure.get().is_none() {
+                    whole = append(file, &chunk).unwrap_or_else(|(whole, error)| {
+                        // It is empty until here.
+                        let _ = shared.failure.set(not_written(path, error));
+                        whole
+                    });
+                }
+                written += whole;
+                shared.missed.fetch_add(chunk.packets - whole, Ordering::Relaxed);
                 idle = false;
                 chunk.empty();
                 // There is room for all chunks there are.
@@ -231,7 +307,7 @@ fn write(file: &mut File, mut sources: Vec<Source>, stopped: &AtomicBool) -> std
             }
         }
         if idle && last {
-            return Ok(written);
+            return written;
         }
         if idle {
             thread::sleep(NAP);
@@ -239,9 +315,34 @@ fn write(file: &mut File, mut sources: Vec<Source>, stopped: &AtomicBool) -> std
     }
 }
 
+/// Writes a chunk, and returns how many packets that were. An error takes back the part of a packet that was written.
+fn append(file: &mut File, chunk: &Chunk) -> Result<u64, (u64, io::Error)> {
+    let begin = file.stream_position().map_err(|error| (0, error))?;
+    let Err(error) = file.write_all(&chunk.bytes) else { return Ok(chunk.packets) };
+    let end = file.stream_position().unwrap_or(begin);
+    let (packets, len) = whole_packets(&chunk.bytes, (end - begin) as usize);
+    // What is there stays readable even if this fails too.
+    let _ = file.set_len(begin + len as u64);
+    Err((packets, error))
+}
+
+/// How many whole packets are in the first `limit` of a chunk's `bytes`, and where the last one ends.
+fn whole_packets(bytes: &[u8], limit: usize) -> (u64, usize) {
+    let (mut packets, mut end) = (0, 0);
+    while let Ok((header, _)) = RecordHeader::read_from_prefix(&bytes[end..]) {
+        let next = end + size_of::<RecordHeader>() + header.captured as usize;
+        if next > limit {
+            break;
+        }
+        (packets, end) = (packets + 1, next);
+    }
+    (packets, end)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::PathBuf;
 
     use pcap_file::DataLink;
     use pcap_file::pcap::PcapReader;
@@ -283,7 +384,9 @@ mod tests {
             }
         }
         drop(taps);
-        assert_eq!(capture.finish().unwrap(), Captured { packets: 3000, missed: 0 });
+        let (captured, failure) = capture.finish();
+        assert_eq!(captured, Captured { packets: 3000, missed: 0 });
+        assert!(failure.is_none(), "{failure:?}");
 
         let mut reader = PcapReader::new(File::open(&path).unwrap()).unwrap();
         assert_eq!(reader.header().datalink, DataLink::ETHERNET);
@@ -330,10 +433,67 @@ mod tests {
 
     #[test]
     fn a_file_that_can_not_be_written_is_an_error() {
-        assert!(Capture::create(Path::new("/nowhere/at/all"), 1).is_err());
-        if Path::new("/dev/full").exists() {
-            let error = Capture::create(Path::new("/dev/full"), 1).map(|_| ()).unwrap_err();
-            assert!(format!("{error:#}").starts_with("cannot write /dev/full: "), "{error:#}");
+        let refused = |path: &Path| Capture::create(path, 1).map(|_| ()).unwrap_err().to_string();
+        let error = refused(Path::new("/nowhere/at/all"));
+        assert!(error.starts_with("cannot write the capture /nowhere/at/all: "), "{error}");
+        assert!(error.ends_with("mkdir -p /nowhere/at"), "{error}");
+        let error = refused(Path::new("/dev/null"));
+        assert!(error.contains("not a regular file; "), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_somebody_has_is_left_as_it_is() {
+        let path = path("taken");
+        fs::write(&path, "something").unwrap();
+        let reader = File::open(&path).unwrap();
+        for lock in [File::lock, File::lock_shared] {
+            lock(&reader).unwrap();
+            let error = Capture::create(&path, 1).map(|_| ()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            assert_eq!(fs::read(&path).unwrap(), b"something");
+            reader.unlock().unwrap();
+        }
+        // One capture holds off another.
+        let (first, taps) = Capture::create(&path, 1).unwrap();
+        assert!(Capture::create(&path, 1).is_err());
+        drop(taps);
+        assert!(first.finish().1.is_none());
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn after_an_error_all_packets_are_missed_and_the_command_can_see_it() {
+        let pool = Pool::builder(4).build().unwrap();
+        let path = path("read-only");
+        fs::write(&path, "").unwrap();
+        let mut file = File::open(&path).unwrap();
+        let shared = Arc::new(Shared::default());
+        let (mut tap, source) = connect(&shared.missed);
+        for number in 1..4 {
+            tap.copy(&[packet(&pool, number).0]);
+        }
+        drop(tap);
+        shared.stop.store(true, Ordering::Relaxed);
+        assert_eq!(write(&path, &mut file, vec![source], &shared), 0);
+        assert_eq!(shared.missed.load(Ordering::Relaxed), 3);
+        assert!(shared.failure.get().is_some_and(|error| error.mend_text().is_some()));
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_file_ends_with_its_last_whole_packet() {
+        let pool = Pool::builder(4).build().unwrap();
+        let (mut tap, _source) = connect(&Arc::default());
+        let mut ends = vec![0];
+        for number in [1, 60, 1399] {
+            let (packet, bytes) = packet(&pool, number);
+            tap.copy(&[packet]);
+            ends.push(ends[ends.len() - 1] + 16 + bytes.len());
+        }
+        let bytes = &tap.chunk.as_ref().unwrap().bytes;
+        for limit in 0..=bytes.len() {
+            let packets = ends.iter().filter(|end| **end <= limit).count() - 1;
+            assert_eq!(whole_packets(bytes, limit), (packets as u64, ends[packets]), "{limit}");
         }
     }
 }

@@ -98,6 +98,8 @@ pub(super) struct Lane {
     ready: Burst<Packet>,
     /// Packets that came, where not all of them go on.
     came: Burst<Packet>,
+    /// For the last packets of a run that has a number of them: as many as may still come.
+    last: Burst<Packet>,
     counts: Arc<Counts>,
     /// Since when the transmit queue has taken nothing.
     stuck: Option<Instant>,
@@ -130,6 +132,7 @@ impl Lane {
             tap,
             ready: Burst::with_capacity(burst),
             came: Burst::with_capacity(burst),
+            last: Burst::with_capacity(0),
             counts: Arc::default(),
             stuck: None,
         }
@@ -173,33 +176,38 @@ impl Lane {
         Progress::Idle
     }
 
+    /// Whether its receive queue works.
+    pub(super) fn receives(&self) -> bool {
+        self.rx.state() == State::Running
+    }
+
     fn is_running(&self) -> bool {
-        self.rx.state() == State::Running && self.tx.state() == State::Running
+        self.receives() && self.tx.state() == State::Running
     }
 
     /// Gets packets, and does to them what is to be done. Returns how many there were.
     #[inline]
     fn fill(&mut self, run: &Run) -> usize {
-        let Self { rx, ready, came, counts, .. } = self;
+        let Self { rx, ready, came, last, counts, .. } = self;
         let rx = &mut **rx;
         let count = match &mut self.work {
-            Work::Forward => receive(rx, ready, run, counts),
+            Work::Forward => receive(rx, ready, last, run, counts),
             Work::SetMacs { source, destination } => {
-                let count = receive(rx, ready, run, counts);
+                let count = receive(rx, ready, last, run, counts);
                 for packet in &mut ready[..] {
                     rewrite::set_macs(packet.data_mut(), *source, *destination);
                 }
                 count
             }
             Work::SwapMacs => {
-                let count = receive(rx, ready, run, counts);
+                let count = receive(rx, ready, last, run, counts);
                 for packet in &mut ready[..] {
                     rewrite::swap_macs(packet.data_mut());
                 }
                 count
             }
             Work::Answer(mac) => {
-                let count = receive(rx, came, run, counts);
+                let count = receive(rx, came, last, run, counts);
                 for mut packet in came.drain_all() {
                     // One of several segments is none that is answered: pings of that length are fragments.
                     if packet.next().is_none() && echo::answer(packet.data_mut(), *mac) {
@@ -211,7 +219,7 @@ impl Lane {
                 count
             }
             Work::Drop => {
-                let count = receive(rx, came, run, counts);
+                let count = receive(rx, came, last, run, counts);
                 if let Some(tap) = &mut self.tap {
                     tap.copy(came);
                 }
@@ -252,16 +260,24 @@ impl Lane {
 
 /// Receives as many packets as there is room for and the run still wants.
 #[inline]
-fn receive(rx: &mut dyn RxQueue, into: &mut Burst<Packet>, run: &Run, counts: &Counts) -> usize {
+fn receive(
+    rx: &mut dyn RxQueue,
+    into: &mut Burst<Packet>,
+    last: &mut Burst<Packet>,
+    run: &Run,
+    counts: &Counts,
+) -> usize {
     let room = into.room();
     let claimed = run.claim(room);
     let received = if claimed == room {
         rx.rx_burst(into)
     } else {
-        // The last packets of a run that has a number of them.
-        let mut last = Burst::with_capacity(claimed);
-        let received = rx.rx_burst(&mut last);
-        into.append(&mut last, received);
+        // What is not taken stays with others: this happens a few times at the end, not on every poll.
+        if last.capacity() != claimed {
+            *last = Burst::with_capacity(claimed);
+        }
+        let received = rx.rx_burst(last);
+        into.append(last, received);
         received
     };
     run.settle(claimed, received);

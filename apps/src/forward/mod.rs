@@ -1,7 +1,7 @@
 //! `underpass forward`: moves packets between ports, or drops, makes or answers them.
 //!
 //! The way of a packet: [`lane`] receives it in a burst, has [`rewrite`] or [`echo`] change it and sends it. [`ports`] opens
-//! the ports and starts them; each core's worker runs the lanes of its queues until [`run`] says that it is over.
+//! the ports and starts them; each core's worker runs the lanes of its queues until [`mod@run`] says that it is over.
 
 mod args;
 mod capture;
@@ -127,6 +127,9 @@ pub(crate) fn judge(report: &Report, failure: Option<&Error>) -> anyhow::Result<
 /// Does what the arguments say, and reports on it, together with what made it end early, if that was a failure.
 pub(crate) fn measure(args: &Args, stop: &Stop, show_rates: bool) -> anyhow::Result<(Report, Option<Error>)> {
     let cores = cores(args)?;
+    for (index, core) in cores.iter().enumerate().skip(args.queues) {
+        crate::note(&format!("core {core} has nothing to do: --queues {} uses it", index + 1));
+    }
     let addresses = if args.ports.is_empty() { ports::usual(args) } else { args.ports.clone() };
     for (port, _) in &args.eth_peer {
         if *port >= addresses.len() {
@@ -151,7 +154,7 @@ fn cores(args: &Args) -> anyhow::Result<Vec<usize>> {
         bail!("cannot find out which cores this process may use; name one with --cores");
     }
     for (index, core) in cores.iter().enumerate() {
-        worker::check_core(*core)?;
+        crate::check_core(*core)?;
         if cores[..index].contains(core) {
             return Err(Usage(format!("--cores names core {core} twice")).into());
         }
@@ -185,12 +188,14 @@ fn forward(
     let run = Arc::new(Run::new(args.packets));
     let workers = spawn(lanes, cores, &run)?;
     run.begin();
-    watch(args, &ports.ports, &workers, &places, &run, stop, show_rates);
+    let failed =
+        || workers.iter().any(Worker::is_finished) || capture.as_ref().is_some_and(Capture::has_failed);
+    watch(args, &ports.ports, &places, &run, &failed, stop, show_rates);
     run.end();
     let joined: Result<Vec<()>, Error> = workers.into_iter().map(Worker::join).collect();
     let dropped = ports.device_drops();
     let stopped = ports.stop();
-    let captured = capture.map(Capture::finish).transpose()?;
+    let (captured, cut) = capture.map(Capture::finish).unzip();
 
     let results: Vec<_> = places.iter().map(|(place, counts)| place.result(&counts.tally())).collect();
     let mut report = Report::new(args.mode, args.burst, run.time().as_secs_f64(), &ports.ports, &results);
@@ -200,15 +205,18 @@ fn forward(
         file: path.display().to_string(),
         packets: captured.packets,
         missed: captured.missed,
+        unsent: report.ports.iter().map(|port| port.tx_dropped).sum(),
     });
-    // What the device says of it is nearer to the cause than what the application saw.
-    let told = ports.errors();
-    let gone = run.failed_port().map(|port| {
-        let why = "a queue of it stopped working";
-        told.unwrap_or_else(|| Error::new(ErrorKind::Gone, "move packets", why))
-            .device(ports.ports[port].name().to_owned())
+    let failed = run.failed_port();
+    let told = ports.errors(failed);
+    let gone = failed.map(|port| {
+        // What the device says of it is nearer to the cause than what the application saw.
+        told.unwrap_or_else(|| {
+            Error::new(ErrorKind::Gone, "move packets", "a queue of it stopped working")
+                .device(ports.ports[port].name().to_owned())
+        })
     });
-    Ok((report, joined.err().or(gone).or(stopped.err())))
+    Ok((report, joined.err().or(gone).or(stopped.err()).or(cut.flatten())))
 }
 
 /// Where a lane is.
@@ -255,11 +263,18 @@ fn lanes(
     Ok(lanes)
 }
 
+/// The station that packets of a port go to, unless told otherwise: locally administered, and none of the addresses
+/// that ports without one of their own have ([`MacAddr::local`]).
+fn station(port: usize) -> MacAddr {
+    let [.., a, b] = port.to_be_bytes();
+    MacAddr([2, 1, 0, 0, a, b])
+}
+
 /// What the mode does to packets from `port` that go to `target`.
 fn work(args: &Args, ports: &Ports, port: usize, target: usize) -> anyhow::Result<Work> {
     let source = ports.ports[target].mac();
     let given = args.eth_peer.iter().rev().find(|(port, _)| *port == target);
-    let destination = given.map_or(MacAddr([2, 0, 0, 0, 0, target as u8]), |(_, mac)| *mac);
+    let destination = given.map_or_else(|| station(target), |(_, mac)| *mac);
     let generator = |flows| {
         Generator::new(&ports.pools[port], args.packet_size, flows, source, destination)
             .with_context(|| format!("packets of {} bytes can not be made", args.packet_size))
@@ -277,9 +292,9 @@ fn work(args: &Args, ports: &Ports, port: usize, target: usize) -> anyhow::Resul
 
 /// Starts a worker on each core, with the lanes that belong there.
 fn spawn(lanes: Vec<(Place, Lane)>, cores: &[usize], run: &Arc<Run>) -> anyhow::Result<Vec<Worker>> {
-    let mut by_core: Vec<Vec<(usize, Lane)>> = cores.iter().map(|_| Vec::new()).collect();
+    let mut by_core: Vec<Vec<(Place, Lane)>> = cores.iter().map(|_| Vec::new()).collect();
     for (place, lane) in lanes {
-        by_core[place.queue % cores.len()].push((place.port, lane));
+        by_core[place.queue % cores.len()].push((place, lane));
     }
     let workers =
         by_core.into_iter().zip(cores).filter(|(lanes, _)| !lanes.is_empty()).map(|(lanes, core)| {
@@ -294,16 +309,17 @@ fn spawn(lanes: Vec<(Place, Lane)>, cores: &[usize], run: &Arc<Run>) -> anyhow::
 
 /// One call of a worker's body: each lane in turn.
 #[inline]
-fn turn(lanes: &mut Vec<(usize, Lane)>, run: &Run) -> worker::Work {
+fn turn(lanes: &mut Vec<(Place, Lane)>, run: &Run) -> worker::Work {
     let mut busy = false;
     match run.phase() {
         Phase::Ready => {}
         Phase::Running => {
-            for (port, lane) in lanes {
+            for (place, lane) in lanes {
                 match lane.step(run) {
                     Progress::Busy => busy = true,
                     Progress::Idle => {}
-                    Progress::Over => run.fail(*port),
+                    Progress::Over if lane.receives() => run.fail(place.target),
+                    Progress::Over => run.fail(place.port),
                 }
             }
         }
@@ -326,9 +342,9 @@ fn turn(lanes: &mut Vec<(usize, Lane)>, run: &Run) -> worker::Work {
 fn watch(
     args: &Args,
     ports: &[Box<dyn Port>],
-    workers: &[Worker],
     places: &[(Place, Arc<Counts>)],
     run: &Run,
+    failed: &dyn Fn() -> bool,
     stop: &Stop,
     show_rates: bool,
 ) {
@@ -338,7 +354,7 @@ fn watch(
     let (mut came, mut since) = (0, Instant::now());
     while run.phase() == Phase::Running {
         let left = most.map_or(LOOK, |most| most.saturating_sub(run.time()));
-        if left.is_zero() || stop.asked() || workers.iter().any(Worker::is_finished) {
+        if left.is_zero() || stop.asked() || failed() {
             return;
         }
         if let Some(idle) = args.idle {
@@ -350,7 +366,7 @@ fn watch(
                 return;
             }
         }
-        rates.tell(ports);
+        rates.tell(ports, || places.iter().map(|(_, counts)| counts.tally().no_room).sum());
         thread::sleep(left.min(LOOK));
     }
 }

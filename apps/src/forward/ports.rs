@@ -51,13 +51,7 @@ pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
         }
     }
     let registry = underpass_drivers::builtin();
-    let open = |address: &String| {
-        registry.open_port(address).map_err(|error| match error.kind() {
-            ErrorKind::InvalidInput => Usage(error.to_string()).into(),
-            _ => anyhow::Error::new(error),
-        })
-    };
-    addresses.iter().map(open).collect()
+    Ok(addresses.iter().map(|address| registry.open_port(address)).collect::<Result<_, _>>()?)
 }
 
 /// Whether both name the same device. A software device is made anew each time that it is named.
@@ -106,7 +100,9 @@ pub(super) fn start(
         config.mtu = args.mtu;
         let lent = port.start(&config)?;
         let largest = usize::from(lent.mtu) + MIN_FRAME;
-        if args.mode.generates() && args.packet_size > largest {
+        // Without --port, what is at the other end makes them.
+        let generated = args.mode.generates() || args.ports.is_empty();
+        if generated && args.packet_size > largest {
             return Err(Usage(format!(
                 "packets of {} bytes are over the MTU of {}; use --packet-size {largest} or a larger --mtu",
                 args.packet_size,
@@ -157,21 +153,23 @@ impl Ports {
         self.ports.iter_mut().map(ask).collect()
     }
 
-    /// What the devices and the IOMMU have to say: the first error is returned, all else goes to the log.
-    pub(super) fn errors(&mut self) -> Option<Error> {
+    /// What the devices and the IOMMU have to say goes to the log, but for the first error of the port `of`: it is returned.
+    pub(super) fn errors(&mut self, of: Option<usize>) -> Option<Error> {
         const MOST: usize = 8;
-        let mut first = None;
-        for port in &mut self.ports {
-            let mut errors = std::iter::from_fn(|| port.next_error()).take(MOST);
-            if first.is_none() {
-                first = errors.next();
+        let mut wanted = None;
+        for (index, port) in self.ports.iter_mut().enumerate() {
+            let name = port.name().to_owned();
+            let errors = std::iter::from_fn(|| port.next_error()).take(MOST);
+            let mut errors = errors.map(|error| error.device(name.clone()));
+            if of == Some(index) {
+                wanted = errors.next();
             }
             errors.for_each(|error| tracing::warn!("{error}"));
             for fault in std::iter::from_fn(|| port.next_fault()).take(MOST) {
                 tracing::warn!("{fault}");
             }
         }
-        first
+        wanted
     }
 
     /// Ports without a link.

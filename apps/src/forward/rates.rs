@@ -34,20 +34,20 @@ impl Rates {
         }
     }
 
-    /// Prints a line if it is time to.
-    pub(super) fn tell(&mut self, ports: &[Box<dyn Port>]) {
+    /// Prints a line if it is time to. `no_room` says how many packets the application dropped.
+    pub(super) fn tell(&mut self, ports: &[Box<dyn Port>], no_room: impl FnOnce() -> u64) {
         let now = Instant::now();
         if self.shown && now - self.last >= EVERY {
             let seconds = (now - self.begin).as_secs();
-            eprintln!("{seconds:5} s  {}", self.line(ports, (now - self.last).as_secs_f64()));
+            eprintln!("{seconds:5} s  {}", self.line(ports, no_room(), (now - self.last).as_secs_f64()));
             self.last = now;
         }
     }
 
     /// The rates of the last `seconds`.
-    fn line(&mut self, ports: &[Box<dyn Port>], seconds: f64) -> String {
+    fn line(&mut self, ports: &[Box<dyn Port>], no_room: u64, seconds: f64) -> String {
         let mut line = String::new();
-        let mut dropped = 0;
+        let mut dropped = no_room;
         for (index, (port, before)) in ports.iter().zip(&mut self.counts).enumerate() {
             let (rx, tx) = port.counters();
             let values = |queues: Vec<Arc<Counters>>| -> Vec<_> {

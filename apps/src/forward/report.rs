@@ -80,8 +80,10 @@ pub(crate) struct QueueReport {
     pub(crate) core: usize,
     /// `None` where the device has no PASIDs.
     pub(crate) pasid: Option<u32>,
-    /// Packets received on it, and generated for the queue that it sends to.
+    /// Packets received on it, or with txonly and flowgen those generated for the queue that it sends to.
     pub(crate) packets: u64,
+    /// Packets received on it: with flowgen they are not among `packets`.
+    pub(crate) received: u64,
 }
 
 /// What `--pcap` came to.
@@ -89,8 +91,10 @@ pub(crate) struct QueueReport {
 pub(crate) struct CaptureReport {
     pub(crate) file: String,
     pub(crate) packets: u64,
-    /// Packets that the file lacks, because it was written more slowly than they came.
+    /// Packets that the file lacks, because it did not keep up with them or could not be written to its end.
     pub(crate) missed: u64,
+    /// Packets that were offered for sending, so that the file has them unless it missed them, and dropped then.
+    pub(crate) unsent: u64,
 }
 
 /// One lane: which queue of which port it received from, and whose queue it sent to.
@@ -145,7 +149,7 @@ impl Report {
                 tx_bytes: tx.bytes,
                 rx_dropped: rx.dropped() - rx.errors,
                 tx_dropped: tx.dropped() - tx.errors + drops.tx_no_room,
-                errors: rx.errors + tx.errors,
+                errors: rx.errors + tx.errors + rx.broken + tx.broken,
                 drops,
             });
         }
@@ -154,7 +158,8 @@ impl Report {
             queue: lane.queue,
             core: lane.core,
             pasid: ports[lane.port].pasid().map(underpass::Pasid::get),
-            packets: lane.tally.received + lane.tally.generated,
+            packets: if mode.generates() { lane.tally.generated } else { lane.tally.received },
+            received: lane.tally.received,
         });
         let packets: u64 = match mode {
             Mode::Rxonly => reports.iter().map(|port| port.rx_packets).sum(),
@@ -283,12 +288,15 @@ impl Report {
         if self.unanswered != 0 {
             let _ = writeln!(lines, "{} packets were no requests, and were dropped", self.unanswered);
         }
-        if let Some(CaptureReport { file, packets, missed }) = &self.capture {
+        if let Some(CaptureReport { file, packets, missed, unsent }) = &self.capture {
             let _ = write!(lines, "{file}: {packets} packets captured");
-            let _ = match missed {
-                0 => writeln!(lines),
-                _ => writeln!(lines, ", {missed} not: they came faster than the file can be written"),
-            };
+            if *missed != 0 {
+                let _ = write!(lines, ", {missed} not: the file did not keep up with them");
+            }
+            if *unsent != 0 {
+                let _ = write!(lines, "; of all these {unsent} were dropped instead of sent");
+            }
+            lines.push('\n');
         }
         if self.unexplained != 0 {
             let _ = writeln!(lines, "{} packets are not accounted for", self.unexplained);
@@ -307,6 +315,7 @@ fn add(a: Values, b: Values) -> Values {
         unsent: a.unsent + b.unsent,
         no_buffers: a.no_buffers + b.no_buffers,
         errors: a.errors + b.errors,
+        broken: a.broken + b.broken,
     }
 }
 

@@ -82,7 +82,7 @@ const MAC_OF_PORTS: [u8; 6] = [2, 0, 0, 0, 0x0a, 0x0b];
 fn what_comes_in_at_one_port_goes_out_of_the_other() {
     let input = frames(300);
     let swapped = with_macs(&input, [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
-    let set = with_macs(&input, [2, 0, 0, 0, 0, 1], MAC_OF_PORTS);
+    let set = with_macs(&input, [2, 1, 0, 0, 0, 1], MAC_OF_PORTS);
     let given = with_macs(&input, [2, 0, 0, 0, 0, 9], MAC_OF_PORTS);
     for (options, expected) in [
         ("--mode io", &input),
@@ -102,6 +102,16 @@ fn what_comes_in_at_one_port_goes_out_of_the_other() {
         assert_eq!((to.tx_packets, to.tx_bytes, to.rx_packets), (300, bytes as u64, 0));
         assert_eq!((report.queues[0].packets, report.queues[1].packets), (300, 0));
         assert!(report.packets_per_second > 0.0 && report.seconds > 0.0);
+    }
+}
+
+#[test]
+fn no_port_has_the_address_that_another_one_sends_to() {
+    for port in [0, 1, 2, 255, 256, 65535] {
+        let MacAddr(bytes) = station(port);
+        let [.., a, b, c, d] = bytes;
+        assert_ne!(MacAddr(bytes), MacAddr::local(u32::from_be_bytes([a, b, c, d])), "{port}");
+        assert!(bytes[0] & 3 == 2 && usize::from(c) << 8 | usize::from(d) == port, "{port}");
     }
 }
 
@@ -221,6 +231,15 @@ fn a_queue_that_takes_nothing_costs_counted_packets_and_no_hang() {
     assert_eq!((report.ports[1].tx_dropped, report.ports[1].drops.tx_no_room), (100, 100));
     assert_eq!(report.ports[1].tx_packets, 0);
     assert!(report.text().contains("port 1: 100 packets not sent"), "{}", report.text());
+    // A capture has them all the same, and says so.
+    let path = std::env::temp_dir().join(format!("underpass-offered-{}.pcap", std::process::id()));
+    let mut bench = Bench::new(2, 1);
+    bench.wires[0][0].put(frames(100));
+    bench.wires[1][0].blocked.store(true, Ordering::Relaxed);
+    let report = bench.report(&format!("--packets 100 --pcap {}", path.display()));
+    let capture = report.capture.expect("a capture");
+    assert_eq!((capture.packets, capture.missed, capture.unsent), (100, 0, 100));
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]
@@ -237,8 +256,9 @@ fn a_device_that_goes_ends_the_run_with_its_reason() {
     let (report, failure) = bench.run("--seconds 20").expect("a report");
     taker.join().unwrap();
     assert!(report.seconds < 10.0);
+    // It is the one that sends, not the one whose packets found no way on.
     let failure = failure.expect("a failure").to_string();
-    assert!(failure.contains("test:") && failure.contains("the test took it away"), "{failure}");
+    assert!(failure.starts_with("test:1: ") && failure.contains("the test took it away"), "{failure}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use underpass::net::MacAddr;
 use underpass::pci::{PciDevice, Run};
 use underpass::{Error, ErrorKind, Result};
 
-use super::{Address, Device, Scheme, SchemeOption};
+use super::{Address, Class, Device, Scheme, SchemeOption};
 use crate::cpu::Cpu;
 use crate::dsa::model::{DsaModel, DsaProfile};
 use crate::dsa::{Dsa, WqMode};
@@ -22,6 +22,7 @@ pub(super) const ALL: &[&Scheme] = &[&CPU, &SOFT_DSA, &SOFT_VIRTIO_NET];
 const CPU: Scheme = Scheme {
     name: "cpu",
     what: "jobs done by the CPU, in the thread that submits them",
+    class: Class::Accelerator,
     options: &[],
     open: |_| Ok(Device::Accelerator(Box::new(Cpu::new()))),
 };
@@ -29,6 +30,7 @@ const CPU: Scheme = Scheme {
 const SOFT_DSA: Scheme = Scheme {
     name: "soft:dsa",
     what: "a software Intel DSA behind the software IOMMU, in this process",
+    class: Class::Accelerator,
     options: &[
         SchemeOption { name: "wqs", values: "N", what: "work queues, 1 to 32 (8)" },
         SchemeOption { name: "engines", values: "N", what: "engines, each a thread, 1 to 32 (1)" },
@@ -75,6 +77,7 @@ fn open_soft_dsa(address: &Address<'_>) -> Result<Device> {
 const SOFT_VIRTIO_NET: Scheme = Scheme {
     name: "soft:virtio-net",
     what: "a software virtio-net device behind the software IOMMU, in this process",
+    class: Class::Port,
     options: &VIRTIO_NET_OPTIONS,
     open: open_soft_virtio_net,
 };

@@ -43,7 +43,7 @@ enum Turn {
 
 fn turns() -> impl Strategy<Value = Vec<Turn>> {
     let turn = prop_oneof![
-        8 => (1..40_usize, 14..1518_usize, 1..4_usize)
+        8 => (1..40_usize, 14..1515_usize, 1..4_usize)
             .prop_map(|(count, size, segments)| Turn::Send { count, size, segments }),
         8 => (0..40_usize).prop_map(|room| Turn::Receive { room }),
         2 => Just(Turn::Reclaim),

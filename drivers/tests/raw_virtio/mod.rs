@@ -566,8 +566,7 @@ impl Rig {
         let [Some(written)] = queue.take_used(&self.memory)[..] else {
             panic!("no answer: {:?}", self.control.violation())
         };
-        let (answer, result) =
-            self.memory.bytes[at + bytes.len()..][..=room].split_at(1.min(written as usize));
+        let (answer, result) = self.memory.bytes[at + bytes.len()..][..=room].split_at(1);
         let (result, untouched) = result.split_at(written as usize - 1);
         assert!(untouched.iter().all(|byte| *byte == 0xaa), "more was written than said");
         (answer[0], result.to_vec())

@@ -18,6 +18,7 @@ struct Words {
     unsent: AtomicU64,
     no_buffers: AtomicU64,
     errors: AtomicU64,
+    broken: AtomicU64,
 }
 
 /// [`Counters`] at one moment, or what is to be added to them.
@@ -25,7 +26,8 @@ struct Words {
 pub struct Values {
     /// Packets that were received, or that the device took to send.
     pub packets: u64,
-    /// Bytes of those, from the Ethernet header on, without the checksum at a frame's end.
+    /// Bytes of those as on the wire, from the Ethernet header on, VLAN tags that are taken out or put in included, without the
+    /// checksum at a frame's end.
     pub bytes: u64,
     /// Dropped: shorter than an Ethernet header.
     pub runts: u64,
@@ -39,8 +41,10 @@ pub struct Values {
     /// Buffers for receiving that the pool did not have. Nothing is dropped by that alone: the device has fewer buffers,
     /// and what it drops for the lack of any it alone knows.
     pub no_buffers: u64,
-    /// Dropped because of what the device said of them, and everything else that a device does against its rules.
+    /// Dropped because of what the device said of them.
     pub errors: u64,
+    /// Times that the queue broke down, as the device did what no device may do. These are no packets.
+    pub broken: u64,
 }
 
 impl Values {
@@ -54,7 +58,7 @@ impl Counters {
     /// For the queue alone: adds to each counter. Single writer: a load and a store, no locked instruction.
     #[inline]
     pub fn add(&self, delta: Values) {
-        let Values { packets, bytes, runts, oversize, refused, unsent, no_buffers, errors } = delta;
+        let Values { packets, bytes, runts, oversize, refused, unsent, no_buffers, errors, broken } = delta;
         for (word, delta) in [
             (&self.0.packets, packets),
             (&self.0.bytes, bytes),
@@ -64,6 +68,7 @@ impl Counters {
             (&self.0.unsent, unsent),
             (&self.0.no_buffers, no_buffers),
             (&self.0.errors, errors),
+            (&self.0.broken, broken),
         ] {
             if delta != 0 {
                 word.store(word.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
@@ -83,6 +88,7 @@ impl Counters {
             unsent: read(&self.0.unsent),
             no_buffers: read(&self.0.no_buffers),
             errors: read(&self.0.errors),
+            broken: read(&self.0.broken),
         }
     }
 }

@@ -27,7 +27,8 @@ use crate::{Burst, Error, Fault, Packet, Pasid, Pool, Result};
 /// Bytes of an Ethernet header without tags: the smallest frame that a port sends.
 pub const MIN_FRAME: usize = 14;
 
-/// What a frame may have beyond the MTU: the Ethernet header and one VLAN tag.
+/// What a frame may have beyond the MTU at most: the Ethernet header and one VLAN tag. Without a tag it is the header alone,
+/// [`MIN_FRAME`].
 pub const FRAME_OVERHEAD: usize = 18;
 
 /// Whether a queue works.
@@ -58,7 +59,7 @@ impl Offloads {
     pub const TX_TCP_SEGMENT: Self = Self(1 << 2);
     /// UDP payload is cut into datagrams (USO).
     pub const TX_UDP_SEGMENT: Self = Self(1 << 3);
-    /// TCP segments may arrive joined to packets larger than the MTU. Needs [`RX_CHECKSUM`](Self::RX_CHECKSUM).
+    /// TCP segments may arrive joined to packets larger than the MTU ([`Packet::segment_size`]). Needs [`RX_CHECKSUM`](Self::RX_CHECKSUM).
     pub const RX_LARGE: Self = Self(1 << 4);
     /// A received packet may be spread over several buffers.
     pub const RX_SCATTER: Self = Self(1 << 5);
@@ -180,7 +181,8 @@ pub struct Config {
     pub rx_depth: usize,
     /// Packets on each transmit queue; likewise.
     pub tx_depth: usize,
-    /// Where receive queue n takes its buffers from: `pools[n % pools.len()]`. They are mapped without being asked.
+    /// Where receive queue n takes its buffers from: `pools[n % pools.len()]`. Those that are not
+    /// [mapped](Port::map) are while the port is started.
     pub pools: Vec<Pool>,
     /// Offloads that are wanted; what is granted is in [`Started::offloads`].
     pub offloads: Offloads,
@@ -287,7 +289,8 @@ pub trait Port: Send + fmt::Debug {
     /// # Errors
     /// [`InvalidInput`](crate::ErrorKind::InvalidInput) for more queues, deeper ones or a larger MTU than the device has,
     /// or a pool that is too small; [`Unsupported`](crate::ErrorKind::Unsupported) for required offloads that the device
-    /// refuses; [`Busy`](crate::ErrorKind::Busy) if it is started already. Nothing is started then.
+    /// refuses, or for interrupts that it does not have; [`Busy`](crate::ErrorKind::Busy) if it is started already.
+    /// Nothing is started then.
     fn start(&mut self, config: &Config) -> Result<Started>;
 
     /// Asks for all queues back: their state turns to [`State::Quiesced`].

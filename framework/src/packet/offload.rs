@@ -39,8 +39,12 @@ pub struct TxOffload {
     pub transport: Transport,
     /// Compute the IPv4 header's checksum.
     pub ip_checksum: bool,
-    /// Compute the transport's checksum; its field holds the pseudo header's sum.
+    /// Compute the transport's checksum; its field holds the pseudo header's sum, with the length of the whole packet from
+    /// the transport header on, also where it is to be cut into segments (VIRTIO 1.2, 5.1.6.2: `NEEDS_CSUM` means the same
+    /// with and without segmentation; a device that wants the sum without the length is its driver's to serve).
     pub l4_checksum: bool,
-    /// Cut the payload into segments of at most so many bytes (TSO, USO); 0: leave the packet whole.
+    /// Cut the payload into segments of at most so many bytes (TSO, USO), each with its own length and checksums, whatever
+    /// [`l4_checksum`](Self::l4_checksum) and [`ip_checksum`](Self::ip_checksum) are; 0: leave the packet whole. The
+    /// transport checksum's field holds the same sum as for `l4_checksum`.
     pub segment: u16,
 }

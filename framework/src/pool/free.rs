@@ -86,7 +86,7 @@ impl<T: Copy + Send> FreeList<T> {
         let len = cache.len();
         let spill = |cached: &mut [MaybeUninit<T>]| {
             let half = cached.len() / 2;
-            let Some(kept) = half.checked_sub(items.len()) else { return false };
+            let kept = half.checked_sub(items.len())?;
             // At least 1, as `len + items.len()` is more than fits; at most `len`.
             let oldest = len - kept;
             // Subtracted before they are in the ring, where they count again: see `home`.
@@ -95,13 +95,13 @@ impl<T: Copy + Send> FreeList<T> {
             self.share(unsafe { initialised(&cached[..oldest]) });
             cached.copy_within(oldest..len, 0);
             cached[kept..half].copy_from_slice(maybe_uninit(items));
-            // Release: pairs with the Acquire in `home`.
-            cache.len.store(half, Ordering::Release);
-            true
+            Some(half)
         };
         // SAFETY: the caller holds the slot.
-        if !unsafe { cache.with(spill) } {
-            self.share(items);
+        match unsafe { cache.with(spill) } {
+            // Release: pairs with the Acquire in `home`. Not before `with` is over: after it, the items may be gone.
+            Some(len) => cache.len.store(len, Ordering::Release),
+            None => self.share(items),
         }
     }
 

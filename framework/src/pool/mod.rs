@@ -164,14 +164,15 @@ impl PoolBuilder {
             DmaBuf::new(region.build()?)
         };
         let stride = (buffer_len as usize).next_multiple_of(64);
-        let (mut buffers, mut meta) = (allocate(stride)?, allocate(size_of::<Meta>())?);
+        let (buffers, meta) = (allocate(stride)?, allocate(size_of::<Meta>())?);
         let region = u16::try_from(buffers.region().id().index()).map_err(|_| {
             Error::new(ErrorKind::NoMemory, format!("make pool {name}"), "there are 65536 regions already")
                 .mend("use fewer and larger pools and buffers")
         })?;
-        let first_buffer = NonNull::from(&mut buffers[0]);
+        // Of the regions themselves: through a reference to what is in them, they would be good for that alone.
+        let first_buffer = buffers.region().as_ptr();
         #[allow(clippy::cast_ptr_alignment, reason = "a region starts at a page")]
-        let first_meta = NonNull::from(&mut meta[0]).cast::<Meta>();
+        let first_meta = meta.region().as_ptr().cast::<Meta>();
         let shared = Box::new(Shared {
             free: FreeList::new(count, slot::SLOTS, cache.min(count)),
             exhausted: CachePadded::default(),
@@ -183,11 +184,11 @@ impl PoolBuilder {
         let shared = NonNull::from(Box::leak(shared));
         let pool = Pool(Arc::new(Owner(shared)));
         for n in 0..count {
-            // SAFETY: the region has `count` strides.
+            // SAFETY: the region, which the pointer is good for, has `count` strides.
             let buffer = unsafe { first_buffer.add(n * stride) };
-            // SAFETY: this one has as many metadata.
+            // SAFETY: likewise, this one has as many metadata.
             let meta = unsafe { first_meta.add(n) };
-            // SAFETY: memory for one, aligned, which nobody else uses.
+            // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };
             // SAFETY: it is new, so that there is no packet of it.
             unsafe { Shared::put(shared, &[Free(meta)]) };
@@ -220,6 +221,7 @@ impl Pool {
     pub fn alloc(&self) -> Option<Packet> {
         let mut one = [MaybeUninit::uninit()];
         if self.take(&mut one) == 0 {
+            self.missed(1);
             return None;
         }
         let [packet] = one;
@@ -230,11 +232,14 @@ impl Pool {
     }
 
     /// Appends up to `count` empty packets to `into`, as many as it has room for and buffers are to be had, and returns how
-    /// many. They have [`HEADROOM`] before their bytes.
+    /// many. They have [`HEADROOM`] before their bytes. Buffers that are not to be had are counted.
     #[inline]
     pub fn alloc_burst(&self, count: usize, into: &mut Burst<Packet>) -> usize {
-        let before = into.len();
+        let (before, count) = (into.len(), count.min(into.room()));
         let taken = self.alloc_raw(count, into);
+        if taken < count {
+            self.missed(count - taken);
+        }
         for packet in &mut into[before..] {
             packet.renew();
         }
@@ -243,6 +248,7 @@ impl Pool {
 
     /// [`alloc_burst`](Self::alloc_burst) without touching the packets: they are not empty, but as their last user left
     /// them, apart from chains. For drivers, which [`post`](Packet::post) them; a [`reset`](Packet::reset) makes one empty.
+    /// Buffers that are not to be had are not counted, since a driver asks for the same ones again with every burst.
     #[inline]
     pub fn alloc_raw(&self, count: usize, into: &mut Burst<Packet>) -> usize {
         let packets = into.as_vec();
@@ -255,18 +261,20 @@ impl Pool {
         taken
     }
 
-    /// Takes buffers for packets, which the first of `packets` are then; counts what is missing.
+    /// Takes buffers for packets, which the first of `packets` are then.
     #[inline]
     fn take(&self, packets: &mut [MaybeUninit<Packet>]) -> usize {
         let (first, count) = (packets.as_mut_ptr().cast(), packets.len());
         // SAFETY: a Packet is a pointer to metadata as a Free is, and to have taken that is what it takes to be one.
         let buffers = unsafe { std::slice::from_raw_parts_mut(first, count) };
         // SAFETY: the slot is this thread's.
-        let taken = unsafe { self.shared().free.get(slot::current(), buffers) };
-        if taken < count {
-            self.shared().exhausted.fetch_add((count - taken) as u64, Ordering::Relaxed);
-        }
-        taken
+        unsafe { self.shared().free.get(slot::current(), buffers) }
+    }
+
+    /// Counts packets that were asked for in vain.
+    #[cold]
+    fn missed(&self, count: usize) {
+        self.shared().exhausted.fetch_add(count as u64, Ordering::Relaxed);
     }
 
     /// The memory of all its buffers.
@@ -296,7 +304,7 @@ impl Pool {
         self.capacity() - self.available()
     }
 
-    /// How many packets were asked for in vain. What lies in the cache of another thread is not to be had: with a cache of
+    /// How many packets were asked for in vain, [raw](Self::alloc_raw) ones aside. What lies in the cache of another thread is not to be had: with a cache of
     /// `n` and `k` threads that use the pool, it takes `n * k` buffers more than are ever out at once.
     pub fn exhausted(&self) -> u64 {
         self.shared().exhausted.load(Ordering::Relaxed)

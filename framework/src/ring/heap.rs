@@ -8,7 +8,7 @@ use loom::sync::atomic::AtomicU64;
 
 use std::mem::MaybeUninit;
 
-use super::index::{Amount, Mode, Side, Single, View};
+use super::index::{Amount, Mode, Refused, Side, Single, View};
 use super::slots::Slots;
 
 /// What the ends of one ring share.
@@ -74,7 +74,10 @@ impl<T> Heap<T> {
             capacity: self.capacity,
             patience: None,
         };
-        let Ok(run) = mode.reserve(&ring, amount) else { return 0 };
+        let run = match mode.reserve(&ring, amount) {
+            Ok(run) => run,
+            Err(refused) => return none(refused),
+        };
         // SAFETY: the caller's promise, as the run is no longer than `amount.most()`; and this thread has reserved it.
         unsafe { self.slots.write(run, items) };
         // Positions that only this algorithm writes are never corrupt.
@@ -96,7 +99,10 @@ impl<T> Heap<T> {
             capacity: self.capacity,
             patience: None,
         };
-        let Ok(run) = mode.reserve(&ring, amount) else { return 0 };
+        let run = match mode.reserve(&ring, amount) {
+            Ok(run) => run,
+            Err(refused) => return none(refused),
+        };
         // SAFETY: the caller's promise, as the run is no longer than `amount.most()`; this thread has reserved it, and it
         // lies before the producers' tail, so that it holds items.
         unsafe { self.slots.read(run, items) };
@@ -104,6 +110,15 @@ impl<T> Heap<T> {
         let _ = mode.publish(&ring, run);
         run.count as usize
     }
+}
+
+/// No items. Positions that only this algorithm writes are never corrupt, which the tests see here.
+#[inline]
+fn none(refused: Refused) -> usize {
+    if cfg!(test) {
+        assert_eq!(refused, Refused::TooFew);
+    }
+    0
 }
 
 impl<T> Drop for Heap<T> {

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) trait Word {
     fn load(&self, order: Ordering) -> u64;
     fn store(&self, value: u64, order: Ordering);
-    /// Replaces `old`, or tells what is there. May fail for no reason; orders nothing.
+    /// Replaces `old` (Release), or tells what is there (Acquire). May fail for no reason.
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64>;
     /// Waits for another thread to do something, for the `turn`th time.
     fn wait(turn: u32);
@@ -188,7 +188,9 @@ impl Mode for Multi {
     #[inline]
     fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused> {
         let Reserved { head, limit } = &ring.ours.reserved.0;
-        let mut at = head.load(Ordering::Relaxed);
+        // Acquire, as wherever the head is read: pairs with the exchange below. Who moved it there had read the other side's
+        // tail before; so what is read of that from here on allows the head too, and free slots do not come out negative.
+        let mut at = head.load(Ordering::Acquire);
         for _ in 0..TRIES {
             // Both may be old: the limit may even be one that another thread read before the head came here.
             // Acquire: pairs with the Release below, and so with the publication that the limit was read from.
@@ -200,14 +202,14 @@ impl Mode for Multi {
             }
             if free > ring.capacity {
                 // It was the head that is old: whoever sees the other side's tail also sees the head which allowed it.
-                match head.load(Ordering::Relaxed) {
+                match head.load(Ordering::Acquire) {
                     now if now == at => return Err(Refused::Corrupt),
                     now => at = now,
                 }
                 continue;
             }
             let count = amount.of(free)?;
-            // Relaxed: the head orders nothing. What a run's owner does is ordered by the tails.
+            // What a run's owner does with its slots is ordered by the tails.
             match head.exchange(at, at.wrapping_add(count)) {
                 Ok(()) => return Ok(Run { at, count }),
                 Err(now) => at = now,
@@ -247,7 +249,7 @@ impl Word for AtomicU64 {
 
     #[inline]
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64> {
-        self.compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed).map(drop)
+        self.compare_exchange_weak(old, new, Ordering::Release, Ordering::Acquire).map(drop)
     }
 
     #[inline]

@@ -103,6 +103,45 @@ fn loom_mpmc_two_producers() {
     });
 }
 
+/// Two producers and a consumer on a ring that is full at first, so that what is pushed goes where others were popped.
+fn two_producers_go_round(consumer_first: bool) {
+    model(Some(3), move || {
+        let (tx, rx) = mpmc(2);
+        assert!(tx.push_bulk(&mut burst(0..2), 2));
+        let consume = || {
+            let rx = rx.clone();
+            thread::spawn(move || {
+                let mut items = Burst::with_capacity(4);
+                rx.pop_burst(&mut items);
+                items
+            })
+        };
+        let first = consumer_first.then(consume);
+        let producers = [2, 3].map(|n| {
+            let tx = tx.clone();
+            thread::spawn(move || tx.push(item(n)).is_ok().then_some(n))
+        });
+        let consumer = first.unwrap_or_else(consume);
+        let mut pushed: Vec<_> = producers.into_iter().filter_map(|one| one.join().unwrap()).collect();
+        let mut items = consumer.join().unwrap();
+        rx.pop_burst(&mut items);
+        let mut popped: Vec<_> = items.iter().map(|item| **item).collect();
+        popped[2..].sort_unstable();
+        pushed.splice(0..0, 0..2);
+        assert_eq!(popped, pushed);
+    });
+}
+
+#[test]
+fn loom_mpmc_two_producers_behind_a_consumer() {
+    two_producers_go_round(true);
+}
+
+#[test]
+fn loom_mpmc_two_producers_before_a_consumer() {
+    two_producers_go_round(false);
+}
+
 #[test]
 fn loom_mpmc_two_consumers() {
     model(Some(3), || {

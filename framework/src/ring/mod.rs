@@ -25,9 +25,14 @@
 //! # Why this module is unsafe, and what makes it sound
 //! Several threads use one array of slots at the same time, through a shared reference, and move items in and out as memory.
 //! The invariant: a slot is only touched by the thread that reserved it, between `reserve` and `publish` (module `index`);
-//! and it holds an item exactly when it is between the consumers' and the producers' positions. loom checks both for every
-//! order in which threads can run. In memory that others write too (module `shared`) there is no such invariant: there, items
-//! are plain data, and all of it is reached as atomic words alone.
+//! and it holds an item exactly when it is between the consumers' and the producers' positions. In memory that others write
+//! too (module `shared`) there is no such invariant: there, items are plain data, and all of it is reached as atomic words
+//! alone.
+//!
+//! loom checks the invariant for `index`, on small rings that go round: for one thread at each end in all orders that it
+//! knows of, for two producers or two consumers in those of up to three preemptions. What it runs has slots of its own
+//! (module `modelled`), so that the copying in `slots` is not among what it checks; nor are the pauses of a
+//! producer or consumer that is alone on its side, and how a shared ring gives up on who is dead.
 
 mod heap;
 mod index;

@@ -18,7 +18,7 @@ impl Word for AtomicU64 {
     }
 
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64> {
-        self.compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed).map(drop)
+        self.compare_exchange_weak(old, new, Ordering::Release, Ordering::Acquire).map(drop)
     }
 
     fn wait(_turn: u32) {

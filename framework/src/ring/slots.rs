@@ -1,6 +1,6 @@
 //! Memory for a power of two of items.
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -11,10 +11,28 @@ use super::index::{Line, Run};
 type Block = UnsafeCell<Line<MaybeUninit<[u8; BLOCK]>>>;
 const BLOCK: usize = align_of::<Line<()>>();
 
+/// Invariant in `T`, as whatever several own and change: at a shorter lifetime, one end would put in what the other one
+/// takes for a longer-lived item.
+///
+/// ```compile_fail
+/// fn shorter<'a>(end: underpass::ring::Producer<&'static str>) -> underpass::ring::Producer<&'a str> { end }
+/// ```
+/// ```compile_fail
+/// fn shorter<'a>(end: underpass::ring::MpProducer<&'static str>) -> underpass::ring::MpProducer<&'a str> { end }
+/// ```
+/// ```compile_fail
+/// fn shorter<'a>(end: underpass::ring::Consumer<&'static str>) -> underpass::ring::Consumer<&'a str> { end }
+/// ```
+/// ```compile_fail
+/// fn shorter<'a>(end: underpass::ring::MpConsumer<&'static str>) -> underpass::ring::MpConsumer<&'a str> { end }
+/// ```
+/// ```
+/// fn same<'a>(end: underpass::ring::Producer<&'a str>) -> underpass::ring::Producer<&'a str> { end }
+/// ```
 pub(super) struct Slots<T> {
     blocks: Box<[Block]>,
     mask: usize,
-    _type: PhantomData<T>,
+    _type: PhantomData<Cell<T>>,
 }
 
 impl<T> Slots<T> {

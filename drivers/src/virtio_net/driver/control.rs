@@ -14,7 +14,7 @@ use super::virtqueue::{Buffer, Virtqueue};
 use crate::virtio_net::spec::control::{BasicStats, Command, HashConfigHead, OK, RssConfigHead};
 use crate::virtio_net::spec::pci::status;
 
-/// Entries of the queue.
+/// Entries of the queue, at most.
 pub(super) const DEPTH: u16 = 16;
 
 /// Buffers of a command: what the device reads, and its answer.

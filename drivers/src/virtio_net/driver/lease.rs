@@ -37,11 +37,12 @@ impl Status {
         let _ = self.state.compare_exchange(running, quiesced, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// The queue is of no use any more; the first reason given stays.
+    /// The queue is of no use any more; the first reason given stays. Whether this is the first.
     #[cold]
-    pub(super) fn break_down(&self, why: impl Into<String>) {
-        let _ = self.broken.set(why.into());
+    pub(super) fn break_down(&self, why: impl Into<String>) -> bool {
+        let is_first = self.broken.set(why.into()).is_ok();
         self.state.store(State::Gone as u8, Ordering::Relaxed);
+        is_first
     }
 
     /// Why it broke down.

@@ -5,6 +5,7 @@
 //! between devices. [`Port::map`] decides which memory is in it.
 
 mod control;
+mod frame;
 mod lease;
 mod offer;
 mod rx;
@@ -56,6 +57,8 @@ pub struct VirtioNet {
     /// The device did not stop: it is of no use any more.
     is_gone: bool,
     mapped: Vec<Arc<Region>>,
+    /// Those of them that were mapped for as long as it runs.
+    mapped_by_start: Vec<Arc<Region>>,
     // Given up in this order: detached, then unmapped, then closed.
     attachment: Arc<Attachment>,
     space: Arc<DmaSpace>,
@@ -100,6 +103,7 @@ impl VirtioNet {
             transport,
             is_gone: false,
             mapped: Vec::new(),
+            mapped_by_start: Vec::new(),
             attachment: Arc::new(attachment),
             space: Arc::new(DmaSpace::new(ioas)),
             device: Arc::new(device),
@@ -164,19 +168,37 @@ impl VirtioNet {
         error.device(self.device.name().to_owned())
     }
 
-    /// Maps a region, unless it is mapped.
-    fn map_region(&mut self, region: &Arc<Region>) -> Result<()> {
+    /// Maps a region, unless it is mapped. Whether it was not.
+    fn map_region(&mut self, region: &Arc<Region>) -> Result<bool> {
         if self.mapped.iter().any(|mapped| Arc::ptr_eq(mapped, region)) {
-            return Ok(());
+            return Ok(false);
         }
         self.space_mut()?.map(region, Access::READ_WRITE)?;
         self.mapped.push(Arc::clone(region));
-        Ok(())
+        Ok(true)
     }
 
     fn unmap_region(&mut self, region: &Arc<Region>) -> Result<()> {
         self.space_mut()?.unmap(region)?;
         self.mapped.retain(|mapped| !Arc::ptr_eq(mapped, region));
+        Ok(())
+    }
+
+    /// Maps the pools for as long as it runs, those that are not mapped anyway.
+    fn map_started(&mut self, pools: &[Pool]) -> Result<()> {
+        for pool in pools {
+            if self.map_region(pool.region())? {
+                self.mapped_by_start.push(Arc::clone(pool.region()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Unmaps what the start has mapped.
+    fn unmap_started(&mut self) -> Result<()> {
+        while let Some(region) = self.mapped_by_start.pop() {
+            self.unmap_region(&region)?;
+        }
         Ok(())
     }
 
@@ -194,12 +216,9 @@ impl VirtioNet {
 
     fn start_stopped(&mut self, config: &Config) -> Result<Started> {
         let plan = self.offer.plan(config, !self.filters.vlans.is_empty())?;
-        for pool in &config.pools {
-            self.map_region(pool.region())?;
-        }
         self.filters.promiscuous = config.promiscuous;
         self.failure_reported = false;
-        self.bring_up(config, &plan).inspect_err(|_| {
+        self.map_started(&config.pools).and_then(|()| self.bring_up(config, &plan)).inspect_err(|_| {
             // An error here is logged, and there on the next start.
             let _ = self.halt();
         })
@@ -221,7 +240,7 @@ impl Port for VirtioNet {
 
     fn map(&mut self, pool: &Pool) -> Result<()> {
         self.check_stopped("map a pool")?;
-        self.map_region(pool.region()).map_err(|error| self.named(error))
+        self.map_region(pool.region()).map(drop).map_err(|error| self.named(error))
     }
 
     fn unmap(&mut self, pool: &Pool) -> Result<()> {

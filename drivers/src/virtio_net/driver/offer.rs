@@ -1,7 +1,7 @@
 //! What the device offers, checked, and what of it a configuration takes.
 
 use underpass::net::toeplitz::DEFAULT_KEY;
-use underpass::net::{Config, FRAME_OVERHEAD, Info, MacAddr, Offloads, Rss};
+use underpass::net::{Config, FRAME_OVERHEAD, Info, MIN_FRAME, MacAddr, Offloads, Rss};
 use underpass::pci::{PciDevice, cap};
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool, Result};
@@ -99,7 +99,7 @@ pub(super) struct Plan {
     pub rx_depth: u16,
     pub tx_depth: u16,
     pub mtu: u16,
-    /// The longest frame to receive.
+    /// The longest frame to receive, without a VLAN tag.
     pub max_rx: usize,
     /// The most buffers of a packet to send.
     pub max_chain: u16,
@@ -239,6 +239,11 @@ impl Offer {
             None => DEFAULT_MTU.min(self.max_mtu()),
         };
         let room = receive_room(config, rx_queues, rx_depth)?;
+        if config.interrupts && !self.interrupts {
+            let why = "interrupts are asked for, and the device has no MSI-X";
+            return Err(Error::new(ErrorKind::Unsupported, "start it", why)
+                .mend("start it without Config::interrupts, and poll"));
+        }
 
         let mut offloads = (config.offloads | config.required) & self.info().offloads;
         // Large packets come in one buffer or in several, and their checksums are not complete.
@@ -304,7 +309,11 @@ impl Offer {
             rx_depth,
             tx_depth,
             mtu,
-            max_rx: if offloads.contains(Offloads::RX_LARGE) { MAX_LARGE.max(frame) } else { frame },
+            max_rx: if offloads.contains(Offloads::RX_LARGE) {
+                MAX_LARGE
+            } else {
+                usize::from(mtu) + MIN_FRAME
+            },
             max_chain: MAX_CHAIN.min(tx_depth),
             rss,
         })

@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 
 use underpass::dma::DmaSpace;
 use underpass::interrupt::Interrupt;
-use underpass::net::headers::ethertype;
 use underpass::net::{Counters, MIN_FRAME, Offloads, RxQueue, State, Values};
 use underpass::pci::PciDevice;
 use underpass::pool::HEADROOM;
 use underpass::{Access, Burst, Checksum, Error, ErrorKind, Packet, Pool, Result};
 use zerocopy::FromBytes;
 
+use super::frame::{fits, strip_vlan, wire_len};
 use super::lease::{Lease, Ring, Status};
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
-use crate::virtio_net::spec::net::{HashHeader, hash_report, header_flag};
+use crate::virtio_net::spec::net::{HashHeader, Header, gso, hash_report, header_flag};
 
 /// Free entries at which the ring is filled up again: enough that one publication is for many.
 const REFILL: u16 = 32;
@@ -25,14 +25,14 @@ const REFILL: u16 = 32;
 /// Buffers taken from the pool at a time.
 const FRESH: usize = 64;
 
+/// Polls that go by before a pool that had too little is asked again.
+const RETRY: u8 = 3;
+
 /// How long a waiting queue goes without looking whether its port wants it back.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// How long, where the device needs this thread's time to do anything.
 const LEND: Duration = Duration::from_micros(100);
-
-/// Bytes of a frame's addresses, behind which a VLAN tag is.
-pub(super) const ADDRESSES: usize = 12;
 
 /// A receive queue's ring.
 pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
@@ -44,6 +44,8 @@ pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
     refill_at: u16,
     /// Free entries for which the pool had nothing when last asked.
     short: u16,
+    /// Polls until the pool is asked for those again.
+    retry: u8,
     fresh: Burst<Packet>,
     pool: Pool,
     notifier: Notifier,
@@ -57,7 +59,7 @@ pub(super) struct RxRing<Q: Virtqueue<Token = Packet>> {
 #[derive(Clone, Copy)]
 struct Rules {
     header_len: u32,
-    /// The longest frame.
+    /// The longest frame without a VLAN tag.
     max: u32,
     port: u16,
     queue: u16,
@@ -121,6 +123,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             is_plain: (offloads & needs_header).is_empty() && !frames.space.checks_leases(),
             refill_at: REFILL.min(queue.size() / 4).max(1),
             short: 0,
+            retry: 0,
             fresh: Burst::with_capacity(FRESH),
             queue,
             frames,
@@ -142,10 +145,13 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
         let before = burst.len();
         let (bytes, broken) = if self.is_plain { self.take_plain(burst) } else { self.take_any(burst) };
         if let Some(why) = broken {
-            self.counters.add(Values { errors: 1, ..Values::default() });
-            self.status.break_down(why);
+            let broken = self.status.break_down(why).into();
+            self.counters.add(Values { broken, ..Values::default() });
         } else if self.queue.free() >= self.refill_at {
-            self.refill();
+            match self.retry {
+                0 => self.refill(),
+                _ => self.retry -= 1,
+            }
         }
         let received = burst.len() - before;
         self.counters.add(Values { packets: received as u64, bytes, ..Values::default() });
@@ -176,13 +182,19 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
     fn take_any(&mut self, burst: &mut Burst<Packet>) -> (u64, Option<&'static str>) {
         let (frames, counters, mut bytes, mut lie) = (&mut self.frames, &*self.counters, 0, None);
         let taken = self.queue.take_burst(burst.room(), |packet, written| {
+            if lie.is_some() {
+                return frames.refuse(packet, counters);
+            }
             match frames.receive(packet, written, counters) {
                 Ok(Some(packet)) => {
-                    bytes += packet.len() as u64;
+                    bytes += wire_len(&packet) as u64;
                     let _ = burst.push(packet);
                 }
                 Ok(None) => {}
-                Err(why) => lie = Some(why),
+                Err(why) => {
+                    Wrong::Length.count(counters);
+                    lie = Some(why);
+                }
             }
         });
         (bytes, lie.or_else(|| taken.err().map(|broken| broken.why)))
@@ -192,12 +204,15 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
     pub(super) fn refill(&mut self) {
         let free = self.queue.free();
         let (mut left, mut posted) = (usize::from(free), false);
-        while left != 0 {
-            let count = self.pool.alloc_raw(left.min(FRESH), &mut self.fresh);
+        // The pool counts what it is asked for in vain, and is not to count it again each time.
+        let mut may_ask = if self.short == 0 { left } else { left.min(self.pool.available()) };
+        while may_ask != 0 {
+            let count = self.pool.alloc_raw(may_ask.min(FRESH), &mut self.fresh);
             if count == 0 {
                 break;
             }
             left -= count;
+            may_ask -= count;
             let (space, header_len) = (self.frames.space.view(), self.frames.rules.header_len);
             let mut fresh = self.fresh.drain_all();
             let added = self.queue.add_burst(count, || {
@@ -219,6 +234,7 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             self.counters.add(Values { no_buffers: (short - self.short).into(), ..Values::default() });
         }
         self.short = short;
+        self.retry = if short == 0 { 0 } else { RETRY };
         if posted {
             self.queue.publish();
             self.notify();
@@ -271,15 +287,16 @@ impl Rules {
             return Err(Wrong::Length);
         }
         let len = written - self.header_len;
-        self.check(len).map(|()| len)
+        self.check(packet, len).map(|()| len)
     }
 
+    /// Whether `packet`, of `len` bytes in all its segments, is a frame.
     #[inline]
-    fn check(self, len: u32) -> Result<(), Wrong> {
+    fn check(self, packet: &Packet, len: u32) -> Result<(), Wrong> {
         if len < MIN_FRAME as u32 {
             return Err(Wrong::Runt);
         }
-        if len > self.max { Err(Wrong::Oversize) } else { Ok(()) }
+        if fits(packet.data(), len as usize, self.max as usize) { Ok(()) } else { Err(Wrong::Oversize) }
     }
 }
 
@@ -322,6 +339,10 @@ impl Frames {
             Err(_) => return Err("a buffer has no room for a header"),
         };
         if !packet.received(header_len, written, port, queue) {
+            // Which of the buffers that follow belong to this one is not known then.
+            if has(Offloads::RX_SCATTER) {
+                return Err("the first buffer of a packet is shorter than its header");
+            }
             Wrong::Length.count(counters);
             return Ok(None);
         }
@@ -331,6 +352,9 @@ impl Frames {
             } else if header.flags & header_flag::DATA_VALID != 0 {
                 packet.set_checksum(Checksum::Good);
             }
+        }
+        if has(Offloads::RX_LARGE) {
+            packet.set_segment_size(segment_size(header));
         }
         if let Some(hash) = hash {
             packet.set_rss_hash(hash);
@@ -353,6 +377,14 @@ impl Frames {
         }
     }
 
+    /// A buffer that came behind a lie: what is in it nobody knows.
+    #[cold]
+    fn refuse(&self, packet: Packet, counters: &Counters) {
+        self.space.take_back(&packet, Access::WRITE);
+        Wrong::Length.count(counters);
+        drop(packet);
+    }
+
     /// One more buffer of a packet that has several; the packet if it was the last.
     fn add_part(&mut self, packet: Packet, counters: &Counters) -> Option<Packet> {
         self.missing -= 1;
@@ -373,7 +405,7 @@ impl Frames {
 
     /// A frame of `len` bytes: as the application gets it, unless it is too short or too long.
     fn finish(&self, mut packet: Packet, len: u32, counters: &Counters) -> Option<Packet> {
-        if let Err(wrong) = self.rules.check(len) {
+        if let Err(wrong) = self.rules.check(&packet, len) {
             wrong.count(counters);
             return None;
         }
@@ -392,23 +424,16 @@ impl<Q: Virtqueue<Token = Packet> + Send> Ring for RxRing<Q> {
     }
 }
 
+/// The payload in each of the segments that were joined to a packet; 0 for one that was not joined.
+fn segment_size(header: Header) -> u16 {
+    let is_joined = matches!(header.gso_type & !gso::ECN, gso::TCPV4 | gso::TCPV6);
+    if is_joined { header.gso_size } else { 0 }
+}
+
 /// Drops a packet, out of line: what seldom happens is not to fill the loops of bursts.
 #[cold]
 pub(super) fn discard(packet: Packet) {
     drop(packet);
-}
-
-/// Takes a VLAN tag out of the frame, if it has one.
-fn strip_vlan(packet: &mut Packet) {
-    const TAG: usize = 4;
-    let data = packet.data_mut();
-    if data.len() < MIN_FRAME + TAG || data[ADDRESSES..][..2] != ethertype::VLAN.to_be_bytes() {
-        return;
-    }
-    let tci = u16::from_be_bytes([data[ADDRESSES + 2], data[ADDRESSES + 3]]);
-    data.copy_within(..ADDRESSES, TAG);
-    packet.trim_front(TAG);
-    packet.set_vlan(Some(tci));
 }
 
 impl<Q: Virtqueue<Token = Packet> + Send + 'static> RxQueue for Lease<RxRing<Q>> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use underpass::dma::{DmaBuf, DmaSpace};
 use underpass::net::toeplitz::DEFAULT_KEY;
-use underpass::net::{Config, Counters, FRAME_OVERHEAD, RxQueue, Started, TxQueue};
+use underpass::net::{Config, Counters, MIN_FRAME, RxQueue, Started, TxQueue};
 use underpass::pool::HEADROOM;
 use underpass::{Access, Error, ErrorKind, Packet, Pool, Region, Result};
 
@@ -107,11 +107,11 @@ impl VirtioNet {
         C: Virtqueue<Token = ()> + Send + 'static,
     {
         let setups = Setups::of(plan);
-        let mut memory = self.prepare(plan.clone(), setups.memory_len::<Q, C>(plan))?;
+        let (mut memory, headers) = self.prepare(plan.clone(), setups.memory_len::<Q, C>(plan))?;
         self.transport.reset()?;
         self.transport.accept(plan.features)?;
         let rx = self.receive_queues::<Q>(config, plan, &setups.rx, &mut memory)?;
-        let tx = self.transmit_queues::<Q>(plan, &setups.tx, &mut memory)?;
+        let tx = self.transmit_queues::<Q>(plan, &setups.tx, &mut memory, &headers)?;
         let control = self.control_queue::<C>(plan, &setups.control, &mut memory)?;
         self.transport.go();
         if let Some(running) = &mut self.running {
@@ -129,8 +129,8 @@ impl VirtioNet {
         })
     }
 
-    /// Makes the memory that the plan needs. From here on there is something to take down.
-    fn prepare(&mut self, plan: Plan, len: usize) -> Result<Memory> {
+    /// Makes the memory that the plan needs, and buffers for headers. From here on there is something to take down.
+    fn prepare(&mut self, plan: Plan, len: usize) -> Result<(Memory, Pool)> {
         let node = self.device.numa_node();
         let headers = Pool::builder(usize::from(plan.tx_depth) * usize::from(plan.tx_rings()))
             .buffer_len(HEADROOM + MAX_FRONT as u32)
@@ -150,8 +150,23 @@ impl VirtioNet {
             space.unmap(headers.region())?;
             return Err(error);
         }
-        self.running = Some(Running { plan, queues: Vec::new(), control: None, memory, headers });
-        Ok(rings)
+        let running = Running { plan, queues: Vec::new(), control: None, memory, headers: headers.clone() };
+        self.running = Some(running);
+        Ok((rings, headers))
+    }
+
+    /// Queues of a device may differ, and what it can do is told by the first of each kind.
+    fn check_depth(&self, index: u16, depth: u16, config: &str) -> Result<()> {
+        let most = self.transport.max_queue_size(index);
+        if depth <= most {
+            return Ok(());
+        }
+        let why = format!("queue {index} has {most} entries, and {depth} are asked for");
+        let mend = match most.checked_ilog2() {
+            Some(log) => format!("set Config::{config} to at most {}", 1_u16 << log),
+            None => "start it with fewer queues".to_owned(),
+        };
+        Err(Error::new(ErrorKind::InvalidInput, "start it", why).mend(mend))
     }
 
     fn enable(
@@ -172,14 +187,12 @@ impl VirtioNet {
         setup: &Setup,
         memory: &mut Memory,
     ) -> Result<Vec<Arc<Home<RxRing<Q>>>>> {
-        let interrupts = if config.interrupts && self.offer.info().interrupts {
-            self.device.interrupts(plan.rx_queues.into())?
-        } else {
-            Vec::new()
-        };
+        let interrupts =
+            if config.interrupts { self.device.interrupts(plan.rx_queues.into())? } else { Vec::new() };
         let interrupts = interrupts.into_iter().map(Some).chain(iter::repeat_with(|| None));
         let mut homes = Vec::new();
         for (n, interrupt) in (0..plan.rx_queues).zip(interrupts) {
+            self.check_depth(net::receive_queue(n), setup.size, "rx_depth")?;
             let queue = Q::new(memory.take(Q::memory_len(setup)), &self.space, setup)?;
             let vector = interrupt.as_ref().map(|_| n);
             let parts = RxParts {
@@ -208,14 +221,15 @@ impl VirtioNet {
         plan: &Plan,
         setup: &Setup,
         memory: &mut Memory,
+        headers: &Pool,
     ) -> Result<Vec<Arc<Home<TxRing<Q>>>>> {
         let mut homes = Vec::new();
         for n in 0..plan.tx_rings() {
+            self.check_depth(net::transmit_queue(n), setup.size, "tx_depth")?;
             let queue = Q::new(memory.take(Q::memory_len(setup)), &self.space, setup)?;
-            let Some(headers) = self.running.as_ref().map(|running| running.headers.clone()) else { break };
             let parts = TxParts {
                 space: Arc::clone(&self.space),
-                headers,
+                headers: headers.clone(),
                 notifier: self.enable(net::transmit_queue(n), setup, &queue, None)?,
                 counters: if n < plan.tx_queues { counters(&mut self.counters.1, n) } else { Arc::default() },
                 status: Arc::default(),
@@ -223,7 +237,7 @@ impl VirtioNet {
                 offloads: plan.offloads,
                 indirect: plan.features.contains(Features::INDIRECT_DESC),
                 header_len: plan.header_len(),
-                max_frame: usize::from(plan.mtu) + FRAME_OVERHEAD,
+                max_frame: usize::from(plan.mtu) + MIN_FRAME,
                 max_chain: plan.max_chain,
                 index: n,
             };
@@ -257,6 +271,14 @@ impl VirtioNet {
             if plan.features.intersects(Features::MQ | Features::RSS) { self.offer.max_pairs } else { 1 };
         let index = net::control_queue(pairs)
             .ok_or_else(|| nonsense("max_virtqueue_pairs", "no index is left for the control queue"))?;
+        // The largest power of two that it has, up to what there is memory for.
+        let has = self.transport.max_queue_size(index);
+        let size = has.min(setup.size).checked_ilog2().map_or(0, |log| 1 << log);
+        if size < control::CHAIN {
+            let why = format_args!("it has {has} entries, and a command takes {}", control::CHAIN);
+            return Err(nonsense(format_args!("queue {index}, the control queue"), why));
+        }
+        let setup = &Setup { size, ..*setup };
         let queue = C::new(memory.take(C::memory_len(setup)), &self.space, setup)?;
         let notifier = self.enable(index, setup, &queue, None)?;
         let commands = memory.take(control::MEMORY);
@@ -320,7 +342,7 @@ impl VirtioNet {
     /// Stops the device. All that was posted is back in its pools then, apart from what is on queues that are still lent
     /// out.
     pub(super) fn halt(&mut self) -> Result<()> {
-        let Some(running) = self.running.take() else { return Ok(()) };
+        let Some(running) = self.running.take() else { return self.unmap_started() };
         if let Err(error) = self.transport.reset() {
             self.is_gone = true;
             for queue in &running.queues {
@@ -342,6 +364,7 @@ impl VirtioNet {
         if let Some(space) = Arc::get_mut(&mut self.space) {
             space.unmap(&memory)?;
             space.unmap(headers.region())?;
+            self.unmap_started()?;
         }
         Ok(())
     }

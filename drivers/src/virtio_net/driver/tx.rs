@@ -12,8 +12,9 @@ use underpass::pci::PciDevice;
 use underpass::{Access, Burst, Iova, Packet, Pool, Transport, TxOffload};
 use zerocopy::IntoBytes;
 
+use super::frame::{ADDRESSES, TAG, fits, wire_len};
 use super::lease::{Lease, Ring, Status};
-use super::rx::{ADDRESSES, discard};
+use super::rx::discard;
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::virtio_net::spec::net::{HashHeader, Header, gso, header_flag};
@@ -27,9 +28,6 @@ pub(super) const MAX_CHAIN: u16 = 40;
 /// Bytes of the headers.
 const SHORT: usize = size_of::<Header>();
 const LONG: usize = size_of::<HashHeader>();
-
-/// Bytes of a VLAN tag.
-const TAG: usize = 4;
 
 /// The most that goes before a packet: the longest header, and the addresses with a tag behind them.
 pub(super) const MAX_FRONT: usize = LONG + ADDRESSES + TAG;
@@ -62,9 +60,9 @@ struct Sender {
     /// Headers of packets that have no room for them.
     headers: Pool,
     header_len: usize,
-    /// The longest frame.
+    /// The longest frame without a VLAN tag.
     max: usize,
-    /// The longest that can take the short way. Where leases are checked, none can.
+    /// The longest such that can take the short way. Where leases are checked, none can.
     max_plain: usize,
     offloads: Offloads,
     max_chain: usize,
@@ -152,7 +150,8 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
                     None
                 }
             });
-            match odd {
+            // A packet that takes no entry, as it can not be sent at all, may come when none is free.
+            match odd.or_else(|| packets.next()) {
                 Some(packet) => sender.send(packet, &mut self.queue, sum),
                 None => return,
             }
@@ -205,8 +204,8 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
                 Ok(DONE) => {}
                 Ok(_) => return,
                 Err(broken) => {
-                    sum.errors += 1;
-                    return self.status.break_down(broken.why);
+                    sum.broken += u64::from(self.status.break_down(broken.why));
+                    return;
                 }
             }
         }
@@ -225,8 +224,9 @@ fn plain<const LEN: usize>(
     max: usize,
     space: View<'_>,
 ) -> Result<(Packet, Buffer), Packet> {
-    let len = packet.data().len();
-    if !packet.is_plain() || !(MIN_FRAME..=max).contains(&len) {
+    let data = packet.data();
+    let len = data.len();
+    if !packet.is_plain() || len < MIN_FRAME || !fits(data, len, max) {
         return Err(packet);
     }
     let Some(header) = packet.prepend(LEN) else { return Err(packet) };
@@ -254,16 +254,20 @@ impl Sender {
     /// Posts a packet of any kind, for which there are entries; or drops and counts it.
     #[inline(never)]
     fn send<Q: Virtqueue<Token = Packet>>(&self, mut packet: Packet, queue: &mut Q, sum: &mut Values) {
-        let len = packet.len() + packet.vlan().map_or(0, |_| TAG);
+        let len = wire_len(&packet);
         if len < MIN_FRAME {
             sum.runts += 1;
             return;
         }
-        let longest = match packet.tx_offload() {
-            Some(TxOffload { segment, l2_len, .. }) if segment != 0 => MAX_SEGMENTED + usize::from(l2_len),
-            _ => self.max,
+        let tag = len - packet.len();
+        let is_short_enough = match packet.tx_offload() {
+            Some(TxOffload { segment, l2_len, .. }) if segment != 0 => {
+                len <= MAX_SEGMENTED + usize::from(l2_len) + tag
+            }
+            _ if tag != 0 => len <= self.max + tag,
+            _ => fits(packet.data(), len, self.max),
         };
-        if len > longest {
+        if !is_short_enough {
             sum.oversize += 1;
             return;
         }
@@ -309,7 +313,9 @@ impl Sender {
         }
         if segment {
             let headers = l4_start + usize::from(offload.l4_len);
-            if headers >= len || headers + usize::from(offload.segment) > self.max {
+            let frame = headers + usize::from(offload.segment);
+            let fits = if tag != 0 { frame <= self.max + tag } else { fits(packet.data(), frame, self.max) };
+            if headers >= len || !fits {
                 return None;
             }
             header.gso_type = gso_type;

@@ -62,7 +62,7 @@ pub(super) struct Device {
     violation: Mutex<Option<Violation>>,
     counts: Box<[CachePadded<Counts>]>,
     /// One a queue.
-    signals: Box<[Signals]>,
+    pub(super) signals: Box<[Signals]>,
 }
 
 impl Device {
@@ -464,12 +464,6 @@ impl Device {
     /// Engine `pair`'s.
     pub(super) fn count_of(&self, pair: u16, count: Count) -> u64 {
         self.counts[usize::from(pair)][count as usize].load(Ordering::Relaxed)
-    }
-
-    /// Notifications of and interrupts for queue `index`.
-    pub(super) fn signals(&self, index: u16) -> (u64, u64) {
-        let signals = &self.signals[usize::from(index)];
-        (signals.notifications.load(Ordering::Relaxed), signals.interrupts.load(Ordering::Relaxed))
     }
 
     /// The sum over all engines.

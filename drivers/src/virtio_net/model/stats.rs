@@ -3,6 +3,8 @@
 //! What the filters keep out is not for this driver, so it is not among the drops. There are no overruns: a frame for which
 //! there is no buffer waits. Counts go on over a reset of the device.
 
+use std::sync::atomic::Ordering;
+
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::control::Refused;
@@ -62,12 +64,20 @@ fn basic(device: &Device, role: Role, vq_index: u16, types: u64) -> BasicStats {
         ),
         Role::Control => (0, 0, 0, 0),
     };
-    let (notifications, interrupts) = device.signals(vq_index);
+    let signals = &device.signals[usize::from(vq_index)];
     let header = StatsHeader {
         kind: types.trailing_zeros() as u8,
         vq_index,
         size: size_of::<BasicStats>() as u16,
         ..StatsHeader::default()
     };
-    BasicStats { header, notifications, packets, bytes, interrupts, drops, overruns_or_malformed }
+    BasicStats {
+        header,
+        notifications: signals.notifications.load(Ordering::Relaxed),
+        packets,
+        bytes,
+        interrupts: signals.interrupts.load(Ordering::Relaxed),
+        drops,
+        overruns_or_malformed,
+    }
 }
