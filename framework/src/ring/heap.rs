@@ -23,6 +23,10 @@ pub(super) struct Heap<T> {
 // slots are reserved, and what one thread did to a slot happens before another reserves it (see `index`).
 unsafe impl<T: Send> Sync for Heap<T> {}
 
+#[allow(
+    clippy::inline_always,
+    reason = "one item takes a fraction of the code of a run: the compiler is to see which"
+)]
 impl<T> Heap<T> {
     pub(super) fn new(capacity: usize) -> Self {
         Self {
@@ -61,7 +65,7 @@ impl<T> Heap<T> {
     /// # Safety
     /// `items` points to `amount.most()` items. Those moved, the first ones, are no longer the caller's. All producers at
     /// any one time use [`Multi`](super::index::Multi), or one uses [`Single`].
-    #[inline]
+    #[inline(always)]
     pub(super) unsafe fn push(&self, mode: &mut impl Mode, items: *const T, amount: Amount) -> usize {
         let ring = View {
             ours: &self.producers,
@@ -86,7 +90,7 @@ impl<T> Heap<T> {
     /// # Safety
     /// `items` points to memory for `amount.most()` items. All consumers at any one time use
     /// [`Multi`](super::index::Multi), or one uses [`Single`].
-    #[inline]
+    #[inline(always)]
     pub(super) unsafe fn pop(&self, mode: &mut impl Mode, items: *mut T, amount: Amount) -> usize {
         let ring = View {
             ours: &self.consumers,

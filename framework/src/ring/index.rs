@@ -26,8 +26,6 @@ pub(super) trait Word {
     fn exchange(&self, old: u64, new: u64) -> Result<(), u64>;
     /// Waits for another thread to do something, for the `turn`th time.
     fn wait(turn: u32);
-    /// Does nothing for some turns of a spinning loop.
-    fn pause(turns: u32);
 }
 
 /// Two cache lines, since processors fetch lines in pairs: what one core writes and another does not is in its own.
@@ -136,19 +134,20 @@ pub(super) trait Mode {
     fn publish<W: Word>(&mut self, ring: &View<'_, W>, run: Run) -> Result<(), Refused>;
 }
 
-/// A side that one thread has for itself: where it is, nobody else needs to know.
+/// A side that one thread has for itself: where it is, nobody else needs to know. In cache lines of its own, as a ring's two
+/// ends are often neighbours on the stack that they were made on.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Single {
     head: u64,
     limit: u64,
-    slip: Slip,
 }
 
 impl Single {
     /// Goes on where `side` was left. Nobody else does.
     pub(super) fn new<W: Word>(side: &Side<W>) -> Self {
         let head = side.tail();
-        Self { head, limit: head, slip: Slip::default() }
+        Self { head, limit: head }
     }
 }
 
@@ -157,14 +156,8 @@ impl Mode for Single {
     fn reserve<W: Word>(&mut self, ring: &View<'_, W>, amount: Amount) -> Result<Run, Refused> {
         let mut free = self.limit.wrapping_sub(self.head);
         if free < amount.most {
-            let mut limit = ring.limit();
+            let limit = ring.limit();
             free = limit.wrapping_sub(self.head);
-            if free < ring.capacity / 4 && self.slip.is_due() {
-                W::pause(SLIP);
-                limit = ring.limit();
-                let found = std::mem::replace(&mut free, limit.wrapping_sub(self.head));
-                self.slip.did(free.wrapping_sub(found) >= 8 * amount.most);
-            }
             if free > ring.capacity {
                 return Err(Refused::Corrupt);
             }
@@ -179,48 +172,6 @@ impl Mode for Single {
         // Release: pairs with the Acquire in `Side::tail`.
         ring.ours.tail.0.store(self.head, Ordering::Release);
         Ok(())
-    }
-}
-
-/// How long one side lets the other get ahead, in turns of a spinning loop: a microsecond or two.
-const SLIP: u32 = 32;
-
-/// When to let the other side get ahead.
-///
-/// Two cores that work on the same few cache lines, each as fast as it can, take those lines from each other with every
-/// operation, and so does what their processors fetch ahead. If the one that is behind waits a moment, both go on at
-/// several times the speed, each with its own lines. Whether that is so shows when it is tried: in that moment many more
-/// items come. Where they do not, as when the other side has less to do, or both ends are one thread's, it is tried
-/// ever more rarely: twenty times, and then once in a million.
-#[derive(Debug)]
-struct Slip {
-    /// How often little is to be found before the next try.
-    due: u32,
-    /// What `due` is set to after a try without avail.
-    rest: u32,
-}
-
-impl Slip {
-    const FIRST: u32 = 16;
-    const LAST: u32 = 1 << 20;
-
-    /// To be asked whenever there is little.
-    #[inline]
-    fn is_due(&mut self) -> bool {
-        self.due -= 1;
-        self.due == 0
-    }
-
-    #[cold]
-    fn did(&mut self, help: bool) {
-        self.rest = if help { Self::FIRST } else { (2 * self.rest).min(Self::LAST) };
-        self.due = if help { 1 } else { self.rest };
-    }
-}
-
-impl Default for Slip {
-    fn default() -> Self {
-        Self { due: Self::FIRST, rest: Self::FIRST }
     }
 }
 
@@ -305,11 +256,5 @@ impl Word for AtomicU64 {
     fn wait(turn: u32) {
         // Copying a burst takes less than this; after it, the other thread is probably not running.
         if turn < 64 { std::hint::spin_loop() } else { std::thread::yield_now() }
-    }
-
-    fn pause(turns: u32) {
-        for _ in 0..turns {
-            std::hint::spin_loop();
-        }
     }
 }

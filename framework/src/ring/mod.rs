@@ -55,9 +55,6 @@ pub use self::shared::{Plain, SharedConsumer, SharedProducer, SharedRing};
 use crate::Burst;
 
 /// A ring for one producer and one consumer, with room for `capacity` items.
-///
-/// An end that again and again finds little of what it needs waits a microsecond or two for the other one, if trying
-/// that has shown that many more items come in that time.
 pub fn spsc<T: Send>(capacity: usize) -> (Producer<T>, Consumer<T>) {
     let ring = Arc::new(Heap::new(capacity));
     let (producer, consumer) = (ring.only_producer(), ring.only_consumer());

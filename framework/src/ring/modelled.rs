@@ -24,8 +24,6 @@ impl Word for AtomicU64 {
     fn wait(_turn: u32) {
         loom::thread::yield_now();
     }
-
-    fn pause(_turns: u32) {}
 }
 
 pub(super) struct Slots<T>(Vec<UnsafeCell<MaybeUninit<T>>>);
