@@ -53,13 +53,23 @@ fn basic(device: &Device, role: Role, vq_index: u16, types: u64) -> BasicStats {
         Role::Receive(pair) => (
             sum(pair, &[Count::RxFrames]),
             sum(pair, &[Count::RxBytes]),
-            sum(pair, &[Count::RxOversize, Count::RxNoQueue]),
+            sum(pair, &[Count::RxOversize, Count::RxNoQueue, Count::RxReset]),
             0,
         ),
         Role::Transmit(pair) => (
             sum(pair, &[Count::TxSent]),
             sum(pair, &[Count::TxBytes]),
-            sum(pair, &[Count::TxRunts, Count::TxOversize, Count::TxMalformed, Count::TxLinkDown]),
+            sum(
+                pair,
+                &[
+                    Count::TxRunts,
+                    Count::TxOversize,
+                    Count::TxMalformed,
+                    Count::TxLinkDown,
+                    Count::TxUndelivered,
+                    Count::TxReset,
+                ],
+            ),
             sum(pair, &[Count::TxRunts, Count::TxMalformed]),
         ),
         Role::Control => (0, 0, 0, 0),
