@@ -3,6 +3,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use underpass::net::{Config, Port, RxQueue, TxQueue};
+use underpass::pool::Slot;
 use underpass::{Burst, Packet, Pool};
 
 const BURST: usize = 32;
@@ -49,6 +50,8 @@ impl Pair {
 fn forward(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("forward-io");
     group.throughput(Throughput::Elements(1));
+    // As a worker has: a cache of its own in each pool.
+    let _slot = Slot::claim();
     for ring in ["packed", "split"] {
         let mut pair = Pair::new(ring).expect("software ports need nothing");
         group.bench_function(ring, |bencher| {
