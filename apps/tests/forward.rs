@@ -424,14 +424,18 @@ fn a_full_disk_ends_the_run_and_keeps_its_result() {
 }
 
 #[test]
-fn a_capture_is_not_written_to_what_a_port_writes() {
+fn a_capture_is_not_written_to_what_a_port_reads_or_writes() {
     let scratch = Scratch::new("in-use");
-    let out = scratch.path("out.pcap");
-    let port = format!("soft:virtio-net,peer=pcap:{PING}:{out}");
-    let output = underpass(&["forward", "--port", &port, "--idle", "0.1", "--pcap", &out]);
-    assert_eq!(output.status.code(), Some(1));
-    let errors = errors(&output);
-    assert!(errors[0].ends_with("reads or writes it; name another file"), "{errors:?}");
+    let (input, out) = (scratch.path("in.pcap"), scratch.path("out.pcap"));
+    std::fs::copy(PING, &input).expect("a copy");
+    let port = format!("soft:virtio-net,peer=pcap:{input}:{out}");
+    for file in [&input, &out] {
+        let output = underpass(&["forward", "--port", &port, "--idle", "0.1", "--pcap", file]);
+        assert_eq!(output.status.code(), Some(1));
+        let errors = errors(&output);
+        assert!(errors[0].ends_with("reads or writes it; name another file"), "{errors:?}");
+    }
+    assert!(std::fs::read(&input).expect("it is there") == std::fs::read(PING).expect("it is there"));
 }
 
 #[test]

@@ -86,7 +86,7 @@ impl Peer for Pcap {
                 }
             }
         }
-        let input = self.input.as_mut()?;
+        let input = self.input.as_mut().filter(|input| !input.is_over)?;
         let has_packet = input.is_early
             || input.read().unwrap_or_else(|error| {
                 let why = why(&error, "it was cut after it was opened");
@@ -95,10 +95,10 @@ impl Peer for Pcap {
                 false
             });
         if !has_packet {
-            self.input = None;
+            // It stays open, and so locked: nobody writes over it while this port is there.
+            input.is_over = true;
             return None;
         }
-        let input = self.input.as_mut()?;
         input.is_early = input.due.is_some_and(|due| Instant::now() < due);
         if input.is_early {
             return None;
@@ -131,6 +131,8 @@ struct Input {
     due: Option<Instant>,
     /// It is not to be delivered yet.
     is_early: bool,
+    /// There are no more.
+    is_over: bool,
 }
 
 impl Input {
@@ -176,6 +178,7 @@ impl Input {
             packet: Slot::new(),
             due: None,
             is_early: false,
+            is_over: false,
         })
     }
 
