@@ -285,6 +285,8 @@ proptest! {
         }
         frame.truncate(frame.len().saturating_sub(cut.saturating_sub(100)));
         let found = ours(&frame);
+        // What some used for outer tags before 802.1ad; etherparse takes it for one, as we do not.
+        prop_assume!(found.ethertype != Some(0x9100));
         if let Some(expected) = etherparses(&frame) {
             prop_assert_eq!(found, expected);
         }
