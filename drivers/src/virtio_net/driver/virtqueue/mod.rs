@@ -138,7 +138,24 @@ pub trait Virtqueue: Sized {
     ///
     /// # Panics
     /// If there are no buffers, or more than the setup's `max_chain`.
-    fn add(&mut self, token: Self::Token, buffers: &[Buffer]) -> Result<(), Self::Token>;
+    #[inline]
+    fn add(&mut self, token: Self::Token, buffers: &[Buffer]) -> Result<(), Self::Token> {
+        match buffers {
+            [_] if self.free() == 0 => Err(token),
+            [buffer] => {
+                let mut one = Some((token, *buffer));
+                self.add_burst(1, || one.take());
+                Ok(())
+            }
+            _ => self.add_chain(token, buffers),
+        }
+    }
+
+    /// [`add`](Self::add) of more than one buffer: by a chain, or by a table if there are tables.
+    ///
+    /// # Panics
+    /// If there is one, or more than the setup's `max_chain`.
+    fn add_chain(&mut self, token: Self::Token, buffers: &[Buffer]) -> Result<(), Self::Token>;
 
     /// Posts one buffer after the other, as [`add`](Self::add) does, until there were `most`, there is no room, or `next`
     /// has none. Returns how many. It asks `next` only while there is room.

@@ -211,57 +211,6 @@ impl<T> PackedQueue<T> {
         Ok(Some((token, written)))
     }
 
-    /// Posts more than one buffer: by a chain, or by a table if there are tables.
-    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let size = self.size;
-        let Self { shadow, ring: records, tables, state, .. } = self;
-        let (ring, tables) = (ring(records), tables.as_mut());
-        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
-        if descriptors > state.free {
-            return Err(token);
-        }
-        shadow.lend(|shadow| {
-            let id = shadow.take_id();
-            if let Some(tables) = tables {
-                let first = usize::from(id) * usize::from(self.max_chain);
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
-                    tables.write(first + n, &Descriptor { addr, handshake });
-                }
-                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
-                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
-                push(
-                    &ring[usize::from(state.avail.at)],
-                    state.avail,
-                    &mut state.held,
-                    tables.iova(first).get(),
-                    word,
-                );
-                state.avail.advance(1, size);
-            } else {
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
-                    let word = handshake(buffer, id);
-                    let word = word.with_flags(word.flags() | chained);
-                    push(
-                        &ring[usize::from(state.avail.at)],
-                        state.avail,
-                        &mut state.held,
-                        buffer.iova.get(),
-                        word,
-                    );
-                    state.avail.advance(1, size);
-                }
-            }
-            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
-        });
-        state.added += 1;
-        state.added_descriptors += descriptors;
-        state.free -= descriptors;
-        Ok(())
-    }
-
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
         self.broken = Some(broken);
@@ -366,17 +315,54 @@ impl<T> Virtqueue for PackedQueue<T> {
         self.state.free
     }
 
-    #[inline]
-    fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        match buffers {
-            [_] if self.state.free == 0 => Err(token),
-            [buffer] => {
-                let mut one = Some((token, *buffer));
-                self.add_burst(1, || one.take());
-                Ok(())
-            }
-            _ => self.add_chain(token, buffers),
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let size = self.size;
+        let Self { shadow, ring: records, tables, state, .. } = self;
+        let (ring, tables) = (ring(records), tables.as_mut());
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
         }
+        shadow.lend(|shadow| {
+            let id = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(id) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let (addr, handshake) = (buffer.iova.get(), handshake(buffer, 0));
+                    tables.write(first + n, &Descriptor { addr, handshake });
+                }
+                let len = (size_of::<Descriptor>() * buffers.len()) as u32;
+                let word = Handshake::new().with_len(len).with_id(id).with_flags(INDIRECT);
+                push(
+                    &ring[usize::from(state.avail.at)],
+                    state.avail,
+                    &mut state.held,
+                    tables.iova(first).get(),
+                    word,
+                );
+                state.avail.advance(1, size);
+            } else {
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let chained = if n + 1 == buffers.len() { 0 } else { NEXT };
+                    let word = handshake(buffer, id);
+                    let word = word.with_flags(word.flags() | chained);
+                    push(
+                        &ring[usize::from(state.avail.at)],
+                        state.avail,
+                        &mut state.held,
+                        buffer.iova.get(),
+                        word,
+                    );
+                    state.avail.advance(1, size);
+                }
+            }
+            shadow.post(id, token, Posted { writable: writable(buffers), descriptors, position: 0 });
+        });
+        state.added += 1;
+        state.added_descriptors += descriptors;
+        state.free -= descriptors;
+        Ok(())
     }
 
     #[inline]

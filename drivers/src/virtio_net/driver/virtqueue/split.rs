@@ -191,48 +191,6 @@ impl<T> SplitQueue<T> {
         Ok(Some((token, written)))
     }
 
-    /// Posts more than one buffer: by a chain, or by a table if there are tables.
-    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
-        let mask = self.size - 1;
-        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
-        let tables = tables.as_mut();
-        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
-        if descriptors > state.free {
-            return Err(token);
-        }
-        let head = shadow.lend(|shadow| {
-            let head = shadow.take_id();
-            if let Some(tables) = tables {
-                let first = usize::from(head) * usize::from(self.max_chain);
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
-                    tables.write(first + n, &descriptor(buffer, next));
-                }
-                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
-                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
-            } else {
-                let mut at = head;
-                for (n, buffer) in buffers.iter().enumerate() {
-                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
-                    desc.write(at.into(), &descriptor(buffer, next));
-                    if let Some(next) = next {
-                        links[usize::from(at)] = next;
-                        at = next;
-                    }
-                }
-            }
-            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
-            shadow.post(head, token, posted);
-            head
-        });
-        // Relaxed, as the descriptors: publish orders it.
-        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
-        state.added = state.added.wrapping_add(1);
-        state.free -= descriptors;
-        Ok(())
-    }
-
     #[cold]
     fn fail(&mut self, broken: Broken) -> Broken {
         self.broken = Some(broken);
@@ -314,17 +272,45 @@ impl<T> Virtqueue for SplitQueue<T> {
         self.state.free
     }
 
-    #[inline]
-    fn add(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
-        match buffers {
-            [_] if self.state.free == 0 => Err(token),
-            [buffer] => {
-                let mut one = Some((token, *buffer));
-                self.add_burst(1, || one.take());
-                Ok(())
-            }
-            _ => self.add_chain(token, buffers),
+    fn add_chain(&mut self, token: T, buffers: &[Buffer]) -> Result<(), T> {
+        assert!((2..=usize::from(self.max_chain)).contains(&buffers.len()), "{} buffers", buffers.len());
+        let mask = self.size - 1;
+        let Self { shadow, desc, avail, tables, next: links, state, .. } = self;
+        let tables = tables.as_mut();
+        let descriptors = if tables.is_some() { 1 } else { buffers.len() as u16 };
+        if descriptors > state.free {
+            return Err(token);
         }
+        let head = shadow.lend(|shadow| {
+            let head = shadow.take_id();
+            if let Some(tables) = tables {
+                let first = usize::from(head) * usize::from(self.max_chain);
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(n as u16 + 1) };
+                    tables.write(first + n, &descriptor(buffer, next));
+                }
+                let (addr, len) = (tables.iova(first).get(), size_of::<Descriptor>() * buffers.len());
+                desc.write(head.into(), &Descriptor { addr, len: len as u32, flags: INDIRECT, next: 0 });
+            } else {
+                let mut at = head;
+                for (n, buffer) in buffers.iter().enumerate() {
+                    let next = if n + 1 == buffers.len() { None } else { Some(shadow.take_id()) };
+                    desc.write(at.into(), &descriptor(buffer, next));
+                    if let Some(next) = next {
+                        links[usize::from(at)] = next;
+                        at = next;
+                    }
+                }
+            }
+            let posted = Posted { writable: writable(buffers), descriptors, position: state.added };
+            shadow.post(head, token, posted);
+            head
+        });
+        // Relaxed, as the descriptors: publish orders it.
+        avail.words()[RING + usize::from(state.added & mask)].store(head, Ordering::Relaxed);
+        state.added = state.added.wrapping_add(1);
+        state.free -= descriptors;
+        Ok(())
     }
 
     #[inline]
