@@ -6,11 +6,11 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
-use self::command::{Scratch, errors, text, underpass};
+use self::command::{Scratch, errors, interrupted, text, underpass};
 
 /// Runs `copy` with `--json`, which must succeed and print one object and nothing else.
 fn copy(args: &[&str]) -> Value {
@@ -326,24 +326,8 @@ fn one_queue_can_not_reach_the_others_memory() {
 
 #[test]
 fn ctrl_c_stops_and_still_tells_what_was_done() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))
-        .args(["copy", "--json", "--seconds", "3600", "--working-set", "4M"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the command starts");
-    thread::sleep(Duration::from_secs(1));
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
-    assert!(killed.success());
-    let began = Instant::now();
-    while child.try_wait().expect("a status").is_none() {
-        if began.elapsed() > Duration::from_secs(10) {
-            let _ = child.kill();
-            panic!("it did not stop");
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().expect("its output");
+    let output =
+        interrupted(&["copy", "--json", "--seconds", "3600", "--working-set", "4M"], Duration::from_secs(1));
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["jobs"].as_u64() > Some(0), "{report}");

@@ -7,15 +7,14 @@
 mod command;
 
 use std::fs;
-use std::process::{Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Duration;
 
 use etherparse::{ArpOperation, Icmpv4Type, Icmpv6Type, NetHeaders, PacketHeaders, TransportHeader};
 use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
 use serde_json::Value;
 
-use self::command::{Scratch, errors, text, underpass};
+use self::command::{Scratch, errors, interrupted, text, underpass};
 
 const PING: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/ping.pcap");
 const TCP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tcp.pcap");
@@ -452,24 +451,7 @@ fn a_capture_goes_to_a_file_and_waits_for_nobody() {
 
 #[test]
 fn ctrl_c_stops_and_still_tells_what_was_done() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))
-        .args(["forward", "--json", "--seconds", "3600"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the command starts");
-    thread::sleep(Duration::from_millis(500));
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
-    assert!(killed.success());
-    let began = Instant::now();
-    while child.try_wait().expect("a status").is_none() {
-        if began.elapsed() > Duration::from_secs(10) {
-            let _ = child.kill();
-            panic!("it did not stop");
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().expect("its output");
+    let output = interrupted(&["forward", "--json", "--seconds", "3600"], Duration::from_millis(500));
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["ports"][0]["rx_packets"].as_u64() > Some(0), "{report}");

@@ -4,10 +4,34 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub(crate) fn underpass(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_underpass")).args(args).output().expect("the command starts")
+}
+
+/// Starts the command, presses Ctrl-C `after` a time, and waits for its end.
+pub(crate) fn interrupted(args: &[&str], after: Duration) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_underpass"))
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    thread::sleep(after);
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let began = Instant::now();
+    while child.try_wait().expect("a status").is_none() {
+        if began.elapsed() > Duration::from_secs(10) {
+            let _ = child.kill();
+            panic!("it did not stop");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    child.wait_with_output().expect("its output")
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {
