@@ -14,9 +14,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::OFlags;
+use underpass::net::pcap::{FileHeader, RecordHeader};
 use underpass::ring::{self, Consumer, Producer};
 use underpass::{Error, ErrorKind, Packet};
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes of a chunk: some 200 µs of 10 Gbit/s.
 const CHUNK: usize = 256 << 10;
@@ -26,40 +27,6 @@ const CHUNKS: usize = 16;
 
 /// How long the writer sleeps when there is nothing to write.
 const NAP: Duration = Duration::from_millis(1);
-
-/// What a file begins with, in this machine's byte order ("PCAP Capture File Format", draft-ietf-opsawg-pcap,
-/// section 4).
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct FileHeader {
-    magic: u32,
-    major: u16,
-    minor: u16,
-    reserved: [u32; 2],
-    snap_len: u32,
-    link_type: u32,
-}
-
-const FILE_HEADER: FileHeader = FileHeader {
-    // Times have nanoseconds.
-    magic: 0xa1b2_3c4d,
-    major: 2,
-    minor: 4,
-    reserved: [0; 2],
-    snap_len: CHUNK as u32,
-    // LINKTYPE_ETHERNET
-    link_type: 1,
-};
-
-/// What stands before each packet's bytes (section 5).
-#[derive(IntoBytes, FromBytes, Immutable)]
-#[repr(C)]
-struct RecordHeader {
-    seconds: u32,
-    nanoseconds: u32,
-    captured: u32,
-    len: u32,
-}
 
 /// Packets that were copied, as they are in the file.
 #[derive(Debug)]
@@ -108,12 +75,7 @@ impl Tap {
                 self.missed.fetch_add(1, Ordering::Relaxed);
                 continue;
             };
-            let header = RecordHeader {
-                seconds: now.as_secs() as u32,
-                nanoseconds: now.subsec_nanos(),
-                captured: len as u32,
-                len: len as u32,
-            };
+            let header = RecordHeader::new(now, len);
             chunk.packets += 1;
             chunk.bytes.extend_from_slice(header.as_bytes());
             for segment in packet.segments() {
@@ -188,7 +150,7 @@ impl Capture {
     /// The file can not be written, is no regular file, or somebody else reads or writes it.
     pub(super) fn create(path: &Path, lanes: usize) -> Result<(Self, Vec<Tap>), Error> {
         let mut file = open(path)?;
-        file.write_all(FILE_HEADER.as_bytes()).map_err(|error| not_written(path, error))?;
+        file.write_all(FileHeader::new(CHUNK as u32).as_bytes()).map_err(|error| not_written(path, error))?;
         let shared = Arc::new(Shared::default());
         let (taps, sources) = (0..lanes).map(|_| connect(&shared.missed)).unzip();
         let (name, writers) = (path.to_owned(), Arc::clone(&shared));
@@ -330,7 +292,7 @@ fn append(file: &mut File, chunk: &Chunk) -> Result<u64, (u64, io::Error)> {
 fn whole_packets(bytes: &[u8], limit: usize) -> (u64, usize) {
     let (mut packets, mut end) = (0, 0);
     while let Ok((header, _)) = RecordHeader::read_from_prefix(&bytes[end..]) {
-        let next = end + size_of::<RecordHeader>() + header.captured as usize;
+        let next = end + size_of::<RecordHeader>() + header.captured_len as usize;
         if next > limit {
             break;
         }

@@ -12,6 +12,7 @@
 pub mod checksum;
 mod counters;
 pub mod headers;
+pub mod pcap;
 pub mod toeplitz;
 
 use std::fmt;

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pcap_file::pcap::{PcapReader, RawPcapPacket};
 use pcap_file::{DataLink, PcapError, TsResolution};
+use underpass::net::pcap::{FileHeader, RecordHeader};
 use underpass::{Error, ErrorKind, Result};
-use zerocopy::{Immutable, IntoBytes};
+use zerocopy::IntoBytes;
 
 use super::slot::Slot;
 use super::{Frame, Peer, PeerCounters};
@@ -260,38 +261,6 @@ fn failed(path: &Path, why: &'static str, error: io::Error) -> Error {
     Error::os(format!("use the file {}", path.display()), why, error)
 }
 
-/// The header of a file with timestamps in nanoseconds (draft-ietf-opsawg-pcap, section 4). Numbers in this machine's
-/// byte order, as readers expect from the magic number.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct FileHeader {
-    magic: u32,
-    major: u16,
-    minor: u16,
-    reserved: [u32; 2],
-    snap_len: u32,
-    link_type: u32,
-}
-
-/// The header of a packet (likewise, section 5).
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct RecordHeader {
-    seconds: u32,
-    nanoseconds: u32,
-    captured_len: u32,
-    original_len: u32,
-}
-
-const HEADER: FileHeader = FileHeader {
-    magic: 0xa1b2_3c4d,
-    major: 2,
-    minor: 4,
-    reserved: [0; 2],
-    snap_len: MAX_PACKET,
-    link_type: 1, // Ethernet
-};
-
 /// A capture file that is written. (`PcapWriter` could not be flushed before its end.)
 struct Output {
     path: PathBuf,
@@ -333,7 +302,8 @@ impl Output {
         if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
             file.set_len(0).map_err(|error| failed(path, "it can not be made empty", error))?;
         }
-        file.write_all(HEADER.as_bytes()).map_err(|error| failed(path, "it can not be written", error))?;
+        file.write_all(FileHeader::new(MAX_PACKET).as_bytes())
+            .map_err(|error| failed(path, "it can not be written", error))?;
         let buffer = Vec::with_capacity(BUFFER + MAX_PACKET as usize);
         let writer = Writer { file, buffer, frames: 0, flushed: Instant::now() };
         Ok(Self { path: path.to_owned(), writer: Mutex::new(writer), is_broken: AtomicBool::new(false) })
@@ -350,12 +320,7 @@ impl Output {
     /// Writes a frame. Returns how many frames are lost: this one, and those that were still to be flushed.
     fn write(&self, frame: &[u8]) -> u64 {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let header = RecordHeader {
-            seconds: now.as_secs() as u32,
-            nanoseconds: now.subsec_nanos(),
-            captured_len: frame.len() as u32,
-            original_len: frame.len() as u32,
-        };
+        let header = RecordHeader::new(now, frame.len());
         let mut writer = self.writer();
         writer.buffer.extend_from_slice(header.as_bytes());
         writer.buffer.extend_from_slice(frame);
