@@ -33,6 +33,7 @@ mod iova;
 mod memory;
 mod pasid;
 pub mod soft;
+mod vendor;
 mod word;
 
 pub use address::{Access, Iova, PageSize, PageSizes};
