@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::iova::{IovaAllocator, IovaRange};
-use crate::{Access, Iova, PageSizes, Pasid, Region, Result, group, soft};
+use crate::{Access, Error, ErrorKind, Iova, PageSizes, Pasid, Region, Result, group, soft};
 
 /// A kind of IOMMU, able to make address spaces.
 pub trait IommuBackend: Send + Sync + fmt::Debug {
@@ -114,7 +114,7 @@ pub trait IoasOps: Send + Sync + fmt::Debug {
     /// Maps the whole region at `iova`, which is aligned to the region's page size and lies in a usable range.
     fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()>;
     /// Where each of the region's pages is for the device, if the backend can not choose that: without an IOMMU, an address
-    /// is what the memory has. Such regions are neither mapped nor unmapped.
+    /// is what the memory has. Such regions are neither mapped nor unmapped, but asked for again when they would be.
     fn pages(&self, _region: &Region) -> Result<Option<Box<[Iova]>>> {
         Ok(None)
     }
@@ -189,7 +189,7 @@ impl Ioas {
         if let Some(pages) = self.0.ops.pages(region)? {
             let iova = pages.first().copied().unwrap_or(Iova::new(0));
             let (ioas, region) = (self.clone(), Arc::clone(region));
-            return Ok(Mapping { ioas, region, iova, pages: Some(pages), access, mapped: false });
+            return Ok(Mapping { ioas, region, iova, pages: Some(pages), access, mapped: true });
         }
         let mut iovas = self.0.iovas();
         let (len, alignment) = (region.len(), region.page_size().bytes());
@@ -209,6 +209,19 @@ impl Ioas {
             access,
             mapped: true,
         })
+    }
+
+    /// Whether the region's pages are where they were when it was mapped, for a backend that does not hold them there.
+    fn check_unmoved(&self, region: &Region, pages: &[Iova]) -> Result<()> {
+        if self.0.ops.pages(region)?.as_deref() == Some(pages) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Os,
+            format!("unmap {region:?}"),
+            "the kernel has moved its pages meanwhile: DMA has gone to memory of others",
+        )
+        .mend("restart the machine, and do not move huge pages or take memory offline while devices without an IOMMU run"))
     }
 
     /// Addresses that everything attached so far can use, in ascending order.
@@ -236,7 +249,6 @@ pub struct Mapping {
     iova: Iova,
     pages: Option<Box<[Iova]>>,
     access: Access,
-    /// Whether there is something to be unmapped.
     mapped: bool,
 }
 
@@ -270,6 +282,9 @@ impl Mapping {
     fn unmap_once(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.mapped) {
             return Ok(());
+        }
+        if let Some(pages) = &self.pages {
+            return self.ioas.check_unmoved(&self.region, pages);
         }
         let mut iovas = self.ioas.0.iovas();
         let result = self.ioas.0.ops.unmap(self.iova, self.region.len());

@@ -34,7 +34,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The number by which VFIO knows it, as extension and for VFIO_SET_IOMMU. Of type1 the second version: in it, what was
+    /// The number by which VFIO knows it, as extension and for `VFIO_SET_IOMMU`. Of type1 the second version: in it, what was
     /// mapped by one call is unmapped by one.
     const fn number(self) -> u32 {
         match self {

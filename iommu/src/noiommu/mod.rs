@@ -4,11 +4,11 @@
 //! missing: a wrong address is not stopped, [`Access`] rights are not kept, a device that is detached or whose memory is unmapped
 //! still reaches it, and goes on when this process has died.
 //!
-//! A device's address (an IOVA) is a physical one, from /proc/self/pagemap, which takes CAP_SYS_ADMIN. A region's pages are
+//! A device's address (an IOVA) is a physical one, from /proc/self/pagemap, which takes `CAP_SYS_ADMIN`. A region's pages are
 //! anywhere: [`Mapping::pages`](crate::Mapping::pages) has an address for each, and only memory whose pages are neighbours
 //! is handed to a device. Nothing pins the pages, so they must be some that the kernel leaves where they are: huge pages
 //! of hugetlbfs, which are not swapped, compacted or balanced between nodes. Pages of 4 KiB are refused, since all of
-//! that moves them, mlock(2) or not. What still moves huge pages is the administrator: with move_pages(2) or migratepages(8),
+//! that moves them, mlock(2) or not. What still moves huge pages is the administrator: with `move_pages(2)` or migratepages(8),
 //! by taking memory offline, or by asking for gigantic pages or CMA memory at run time. Unmapping a region looks whether it
 //! was moved meanwhile, and says so in the log.
 //!
@@ -34,8 +34,8 @@ impl Noiommu {
     /// Looks whether the kernel allows it and tells physical addresses.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the kernel does not (vfio.enable_unsafe_noiommu_mode=1);
-    /// [`ErrorKind::Permission`] for a process without CAP_SYS_ADMIN and CAP_SYS_RAWIO.
+    /// [`ErrorKind::Unsupported`] where the kernel does not (`vfio.enable_unsafe_noiommu_mode=1`);
+    /// [`ErrorKind::Permission`] for a process without `CAP_SYS_ADMIN` and `CAP_SYS_RAWIO`.
     pub fn open(token: UnprotectedDma) -> Result<Self> {
         Kind::Noiommu.container()?;
         Ok(Self { _responsible: token })
@@ -45,7 +45,7 @@ impl Noiommu {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if none of its devices is bound to VFIO; [`ErrorKind::Busy`] if another process
-    /// has it; [`ErrorKind::Permission`] for a process without CAP_SYS_RAWIO.
+    /// has it; [`ErrorKind::Permission`] for a process without `CAP_SYS_RAWIO`.
     pub fn group(&self, number: u32) -> Result<Arc<Group>> {
         Group::open(Kind::Noiommu, number)
     }

@@ -12,7 +12,7 @@ const BASE_PAGE: u64 = PageSize::Size4K.bytes();
 const ENTRY: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-/// The page's frame number; all zeroes for a process without CAP_SYS_ADMIN.
+/// The page's frame number; all zeroes for a process without `CAP_SYS_ADMIN`.
 const FRAME: u64 = (1 << 55) - 1;
 
 /// Where each of the region's pages is.
