@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::Iommufd;
-use super::ioctl::{self, VfioFd};
+use super::calls::{self, VfioFd};
 use super::refusal::{self, Group};
 use crate::{Error, ErrorKind, Pasid, Result};
 
@@ -53,7 +53,7 @@ impl Cdev {
                 .device(name.to_owned())
                 .mend("open its file under /dev/vfio/devices")
         })?;
-        let id = ioctl::bind(&fd, &iommufd.0.fd, vf_token.as_ref()).map_err(|error| {
+        let id = calls::bind(&fd, &iommufd.0.fd, vf_token.as_ref()).map_err(|error| {
             let group = fd.sysfs().map(|folder| Group::read(&folder)).unwrap_or_default();
             refusal::bind(error, &group, vf_token.is_some()).device(name.to_owned())
         })?;
@@ -80,11 +80,11 @@ impl Device for Cdev {
     }
 
     fn attach(&self, page_table: u32, pasid: Option<Pasid>) -> Result<u32> {
-        ioctl::attach(&self.fd, page_table, pasid)
+        calls::attach(&self.fd, page_table, pasid)
             .map_err(|error| Error::os("attach the device", "VFIO refuses", error))
     }
 
     fn detach(&self, pasid: Option<Pasid>) -> Result<()> {
-        ioctl::detach(&self.fd, pasid).map_err(|error| Error::os("detach the device", "VFIO refuses", error))
+        calls::detach(&self.fd, pasid).map_err(|error| Error::os("detach the device", "VFIO refuses", error))
     }
 }

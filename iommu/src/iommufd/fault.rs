@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::ioctl::{self, FaultFd};
+use super::calls::{self, FaultFd};
 use super::{Device, Object, uapi};
 use crate::{Access, Error, Fault, FaultReason, Iova, Pasid, Result};
 
@@ -27,7 +27,7 @@ pub(super) struct RequestQueue {
 impl RequestQueue {
     /// One for `device`; none where the kernel has no such queues (before 6.11).
     pub(super) fn new(ioas: &Object, device: &dyn Device) -> Result<Option<Self>> {
-        match ioctl::fault_queue_alloc(ioas.fd()) {
+        match calls::fault_queue_alloc(ioas.fd()) {
             Ok((id, fd)) => Ok(Some(Self {
                 fd,
                 object: Object::new(&ioas.iommufd, id, "queue of page requests"),
@@ -67,7 +67,7 @@ impl RequestQueue {
                 }
                 // A group that does not fit.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) && requests.len() < LARGEST_READ => {
-                    requests.resize(requests.len() * 4, Default::default());
+                    requests.resize(requests.len() * 4, uapi::iommu_hwpt_pgfault::default());
                 }
                 Err(error) => {
                     return Err(Error::os(

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::fault::RequestQueue;
-use super::{Device, Object, ioctl, refusal, uapi};
+use super::{Device, Object, calls, refusal, uapi};
 use crate::vendor::Registers;
 use crate::{Capabilities, Error, ErrorKind, Fault, Iova, IovaRange, PageSize, Pasid, Result};
 
@@ -24,11 +24,11 @@ pub(super) struct Hardware {
 impl Hardware {
     fn of(ioas: &Object, device: &dyn Device) -> Result<Self> {
         let mut data = [0; Registers::MAX_LEN];
-        match ioctl::hw_info(ioas.fd(), device.id(), &mut data) {
+        match calls::hw_info(ioas.fd(), device.id(), &mut data) {
             Ok(info) => {
                 let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
                 Ok(Self {
-                    registers: Registers::new(ioctl::hw_info_type(&info), &data),
+                    registers: Registers::new(calls::hw_info_type(&info), &data),
                     pasid_width: info.out_max_pasid_log2.into(),
                     dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
                     is_physical: true,
@@ -80,7 +80,7 @@ impl PageTable {
                 continue;
             }
             let queue = queue.filter(|_| with_requests);
-            match ioctl::hwpt_alloc(ioas.fd(), ioas.id, device.id(), flags, queue) {
+            match calls::hwpt_alloc(ioas.fd(), ioas.id, device.id(), flags, queue) {
                 Ok(id) => {
                     this.hwpt = Some(Object::new(&ioas.iommufd, id, "page table"));
                     this.requests = requests.take().filter(|_| with_requests);
@@ -148,7 +148,7 @@ impl PageTable {
 
     pub(super) fn track_dirty(&self, on: bool) -> Result<()> {
         let hwpt = self.tracker()?;
-        ioctl::set_dirty_tracking(hwpt.fd(), hwpt.id, on).map_err(|error| {
+        calls::set_dirty_tracking(hwpt.fd(), hwpt.id, on).map_err(|error| {
             let operation = if on { "begin to track written pages" } else { "stop tracking written pages" };
             Error::os(operation, "the kernel refuses", error)
         })
@@ -157,7 +157,7 @@ impl PageTable {
     pub(super) fn dirty_pages(&self, range: IovaRange, size: PageSize, clear: bool) -> Result<Vec<Iova>> {
         let hwpt = self.tracker()?;
         let bitmap =
-            ioctl::dirty_bitmap(hwpt.fd(), hwpt.id, range, size.bytes(), clear).map_err(|error| {
+            calls::dirty_bitmap(hwpt.fd(), hwpt.id, range, size.bytes(), clear).map_err(|error| {
                 Error::os(format!("tell the written pages of {range}"), "the kernel refuses", error)
             })?;
         Ok(pages_in(&bitmap, range, size))

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::hwpt::{PageTable, PageTables};
-use super::{Device, Iommufd, Object, ioctl, refusal, uapi};
+use super::{Device, Iommufd, Object, calls, refusal, uapi};
 use crate::{
     Access, Attachable, AttachableKind, AttachmentOps, Capabilities, Error, ErrorKind, Fault, IoasOps, Iova,
     IovaRange, PageSize, Pasid, Region, RegionId, Result,
@@ -28,15 +28,15 @@ struct State {
 
 impl KernelIoas {
     pub(super) fn new(iommufd: &Iommufd) -> Result<Self> {
-        let id = ioctl::ioas_alloc(&iommufd.0.fd).map_err(refusal::alloc_ioas)?;
+        let id = calls::ioas_alloc(&iommufd.0.fd).map_err(refusal::alloc_ioas)?;
         let object = Object::new(iommufd, id, "address space");
         let options = iommufd.options();
         if !options.huge_pages {
             let option = uapi::iommufd_option_IOMMU_OPTION_HUGE_PAGES;
-            ioctl::set_option(object.fd(), option, id, 0).map_err(refusal::alloc_ioas)?;
+            calls::set_option(object.fd(), option, id, 0).map_err(refusal::alloc_ioas)?;
         }
         if !options.required_iovas.is_empty() {
-            ioctl::ioas_allow_iovas(object.fd(), id, &options.required_iovas)
+            calls::ioas_allow_iovas(object.fd(), id, &options.required_iovas)
                 .map_err(refusal::required_iovas)?;
         }
         let this = Self { object: Arc::new(object), tables: PageTables::default(), state: Mutex::default() };
@@ -54,7 +54,7 @@ impl KernelIoas {
     }
 
     fn ask_for_usable_iovas(&self) -> Result<()> {
-        let ranges = ioctl::ioas_iova_ranges(self.object.fd(), self.object.id).map_err(|error| {
+        let ranges = calls::ioas_iova_ranges(self.object.fd(), self.object.id).map_err(|error| {
             Error::os("ask for the addresses that devices can use", "the kernel refuses", error)
         })?;
         self.state().usable = ranges;
@@ -144,7 +144,7 @@ impl IoasOps for KernelIoas {
         self.state().usable.clone()
     }
 
-    fn map(&self, iova: Iova, region: &Region, access: Access) -> Result<()> {
+    fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()> {
         let fd = self.object.fd();
         self.iommufd().pinned().map(fd, (self.object.id, iova), region, access)?;
         self.state().regions.insert(iova, region.id());

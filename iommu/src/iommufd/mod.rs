@@ -17,11 +17,12 @@
 //! have VFIO's character devices, which this needs; PASIDs need 6.15; regions are mapped by their memfd from 6.13 on and
 //! by their address before.
 
+mod calls;
 mod device;
 mod fault;
 mod hwpt;
 mod ioas;
-mod ioctl;
+
 mod pinned;
 mod refusal;
 
@@ -35,8 +36,8 @@ use iommufd_bindings as uapi;
 
 pub use device::{Cdev, Device};
 
+use self::calls::IommuFd;
 use self::ioas::KernelIoas;
-use self::ioctl::IommuFd;
 use self::pinned::Pinned;
 use crate::{
     Attachable, Attachment, Error, ErrorKind, Ioas, IommuBackend, IovaRange, Pasid, Result, SvaToken,
@@ -111,7 +112,7 @@ impl Iommufd {
         if options.memlock == Memlock::Process {
             // Before anything is made with it: later the kernel refuses.
             let mode = uapi::iommufd_option_IOMMU_OPTION_RLIMIT_MODE;
-            ioctl::set_option(&fd, mode, 0, 1).map_err(refusal::memlock_mode)?;
+            calls::set_option(&fd, mode, 0, 1).map_err(refusal::memlock_mode)?;
         }
         let (pinned, attached) = (Pinned::default(), Mutex::default());
         Ok(Self(Arc::new(Shared { fd, options, pinned, attached })))
@@ -218,7 +219,7 @@ impl Drop for Object {
         if *self.kept.get_mut() {
             return;
         }
-        if let Err(error) = ioctl::destroy(self.fd(), self.id) {
+        if let Err(error) = calls::destroy(self.fd(), self.id) {
             tracing::error!("{} {} stays until {} is closed: {error}", self.what, self.id, IommuFd::PATH);
         }
     }

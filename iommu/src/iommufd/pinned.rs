@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::ioctl::{self, IommuFd};
+use super::calls::{self, IommuFd};
 use super::{Iommufd, refusal};
 use crate::{Access, Iova, Region, RegionId, Result};
 
@@ -61,14 +61,14 @@ impl Pinned {
         let is_first = mapped.places.is_empty();
         let source = mapped.aside.or_else(|| mapped.places.first().copied());
         match source {
-            Some(from) => ioctl::ioas_copy(fd, to, from, region.len(), access).map_err(refused)?,
+            Some(from) => calls::ioas_copy(fd, to, from, region.len(), access).map_err(refused)?,
             None if access.allows(Access::WRITE) => {
                 self.pin(fd, to, region, access).map_err(refused)?;
             }
             None => {
                 let from = (self.aside(fd)?, aside_iova(region));
                 self.pin(fd, from, region, Access::READ_WRITE).map_err(refused)?;
-                if let Err(error) = ioctl::ioas_copy(fd, to, from, region.len(), access) {
+                if let Err(error) = calls::ioas_copy(fd, to, from, region.len(), access) {
                     unmap_aside(fd, from, region.len());
                     return Err(refused(error));
                 }
@@ -102,14 +102,14 @@ impl Pinned {
     fn pin(&self, fd: &IommuFd, to: Place, region: &Region, access: Access) -> std::io::Result<()> {
         let file: Option<BorrowedFd<'_>> = region.fd().ok();
         if let Some(file) = file.filter(|_| !self.no_files.load(Ordering::Relaxed)) {
-            match ioctl::ioas_map_file(fd, to.0, to.1, (file, region.len()), access) {
+            match calls::ioas_map_file(fd, to.0, to.1, (file, region.len()), access) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
                     self.no_files.store(true, Ordering::Relaxed);
                 }
                 result => return result,
             }
         }
-        ioctl::ioas_map(fd, to.0, to.1, region, access)
+        calls::ioas_map(fd, to.0, to.1, region, access)
     }
 
     /// The address space without devices. It lasts until the iommufd is closed.
@@ -118,7 +118,7 @@ impl Pinned {
         if let Some(id) = *aside {
             return Ok(id);
         }
-        let id = ioctl::ioas_alloc(fd).map_err(refusal::alloc_ioas)?;
+        let id = calls::ioas_alloc(fd).map_err(refusal::alloc_ioas)?;
         Ok(*aside.insert(id))
     }
 }
@@ -129,7 +129,7 @@ fn aside_iova(region: &Region) -> Iova {
 }
 
 fn unmap_exactly(fd: &IommuFd, (ioas, iova): Place, len: u64) -> Result<()> {
-    match ioctl::ioas_unmap(fd, ioas, iova, len) {
+    match calls::ioas_unmap(fd, ioas, iova, len) {
         Ok(unmapped) if unmapped == len => Ok(()),
         Ok(unmapped) => Err(refusal::unmap_is_partial(iova, len, unmapped)),
         Err(error) => Err(refusal::unmap(error, iova, len)),

@@ -8,12 +8,13 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::ioctl::IommuFd;
+use super::calls::IommuFd;
 use crate::memory::Bytes;
 use crate::vendor::Registers;
 use crate::{Error, ErrorKind, Iova, Pasid, Region};
 
 const ATTACH: &str = "attach the device";
+const WITHOUT_PASIDS: &str = "use the device without PASIDs, in its own address space";
 
 #[cold]
 pub(super) fn open(error: io::Error) -> Error {
@@ -134,25 +135,24 @@ pub(super) fn attach(errno: Option<i32>, pasid: Option<Pasid>, registers: &Regis
     let refused = |kind, why: &'static str, mend: &'static str| {
         Error::os(operation.clone(), why, error()).of_kind(kind).mend(mend)
     };
-    const WITHOUT: &str = "use the device without PASIDs, in its own address space";
     match (errno, pasid) {
         (Some(libc::ENOMEM), _) => out_of_memory(operation, &Limit::read(), pinned, error()),
         (Some(libc::EADDRINUSE), _) => mapped_before(error()),
         (Some(libc::EOPNOTSUPP), Some(_)) if matches!(registers, Registers::Amd(_)) => refused(
             ErrorKind::Unsupported,
             "Linux attaches no address space to a PASID of AMD-Vi, only a process's (seen in 7.3)",
-            WITHOUT,
+            WITHOUT_PASIDS,
         ),
         (Some(libc::EOPNOTSUPP), Some(_)) => refused(
             ErrorKind::Unsupported,
             "the kernel's driver of this IOMMU attaches no address space to a PASID",
-            WITHOUT,
+            WITHOUT_PASIDS,
         ),
         (Some(libc::EINVAL), Some(_)) => refused(
             ErrorKind::Unsupported,
             "the kernel takes no PASID here: another device of its IOMMU group has it, or the device's own address space \
              is on a page table without PASIDs",
-            WITHOUT,
+            WITHOUT_PASIDS,
         ),
         (Some(libc::EINVAL), None) => refused(
             ErrorKind::Busy,
@@ -174,17 +174,14 @@ pub(super) fn attach(errno: Option<i32>, pasid: Option<Pasid>, registers: &Regis
 /// Why there are no PASIDs. `release` is the kernel's, as uname(1) -r tells it.
 #[cold]
 pub(super) fn no_pasids(pasid: Pasid, registers: &Registers, release: Option<&str>) -> Error {
-    let (why, mend) = match release.filter(|release| is_before(release, (6, 15))) {
-        Some(release) => (
-            format!("Linux {release} lets user space have none"),
-            "use Linux 6.15 or later, or use the device without PASIDs, in its own address space",
-        ),
-        None => {
-            let (why, mend) = registers.why_no_pasids();
-            (why.to_owned(), mend)
-        }
-    };
-    Error::new(ErrorKind::Exhausted, format!("attach PASID {pasid}"), why).mend(mend)
+    let operation = format!("attach PASID {pasid}");
+    if let Some(release) = release.filter(|release| is_before(release, (6, 15))) {
+        let why = format!("Linux {release} lets user space have none");
+        return Error::new(ErrorKind::Exhausted, operation, why)
+            .mend("use Linux 6.15 or later, or use the device without PASIDs, in its own address space");
+    }
+    let (why, mend) = registers.why_no_pasids();
+    Error::new(ErrorKind::Exhausted, operation, why).mend(mend)
 }
 
 /// The release of the running kernel.

@@ -7,6 +7,10 @@ use crate::PageSizes;
 /// Tables of both kinds, the host's and the guest's, have pages of 4 KiB, 2 MiB and 1 GiB (sections 2.2.3 and 2.2.6).
 pub(super) const PAGE_SIZES: PageSizes = PageSizes::ALL;
 
+/// Bits of a PASID that user space has: Linux up to 7.3 attaches only processes, not address spaces, to AMD-Vi's PASIDs.
+/// Who asks for one all the same gets the kernel's answer.
+pub(super) const USABLE_PASID_WIDTH: u32 = 0;
+
 /// What `struct iommu_hw_info_amd` holds and means something here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Registers {
@@ -20,16 +24,9 @@ impl Registers {
         Some(Self { efr: word64(data, 0)? })
     }
 
-    /// Bits of a PASID: PASmax counts from one, and means nothing without guest translation (GTSup).
+    /// Bits of a PASID: `PASmax` counts from one, and means nothing without guest translation (`GTSup`).
     pub(super) fn pasid_width(self) -> u32 {
         if bit(self.efr, 4) { bits(self.efr, 36, 32) + 1 } else { 0 }
-    }
-
-    /// The width as far as user space has any: Linux up to 7.3 attaches only processes, not address spaces, to AMD-Vi's
-    /// PASIDs. Who asks for one all the same gets the kernel's answer.
-    #[expect(clippy::unused_self, reason = "what the hardware has is not what limits it")]
-    pub(super) fn usable_pasid_width(self) -> u32 {
-        0
     }
 }
 

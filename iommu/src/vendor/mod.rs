@@ -46,7 +46,7 @@ impl Registers {
     pub(crate) fn capabilities(&self, pasid_width: u32) -> Capabilities {
         let (vendor, page_sizes, pasid_limit) = match self {
             Self::Vtd(vtd) => (Vendor::IntelVtd, vtd.page_sizes(), vtd.pasid_width()),
-            Self::Amd(amd) => (Vendor::AmdVi, amd::PAGE_SIZES, amd.usable_pasid_width()),
+            Self::Amd(_) => (Vendor::AmdVi, amd::PAGE_SIZES, amd::USABLE_PASID_WIDTH),
             Self::Smmu(smmu) => (Vendor::ArmSmmuV3, smmu.page_sizes(), smmu.pasid_width()),
             Self::Unknown => (Vendor::Unknown, PageSizes(PageSize::Size4K.bytes()), Pasid::MAX.ilog2() + 1),
         };

@@ -6,8 +6,7 @@
 //! business.
 //!
 //! # Why this module is unsafe, and what makes it sound
-//! An ioctl is a system call whose argument the compiler can not check: the kernel reads and writes as many bytes at the
-//! pointer as the structure says that it has, and follows the pointers in it.
+//! [`crate::ioctl`] says what an ioctl's argument has to be, and this module proves it:
 //!
 //! - [`Argument`] ties each structure to the one request and the one kind of file that take it. [`ioctl`] fills in the
 //!   structure's size, so that the kernel, whatever its version, touches no more than the structure.
@@ -18,10 +17,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use iommufd_bindings as uapi;
-use libc::Ioctl;
+use libc::c_ulong;
 use vfio_bindings::bindings::vfio;
 
 use crate::{Access, Iova, IovaRange, Pasid, Region};
@@ -86,7 +85,7 @@ impl AsFd for VfioFd {
 /// the number of bytes that the kernel may use. Any bytes are a valid value of it.
 unsafe trait Argument: Default {
     type File: AsFd;
-    const REQUEST: Ioctl;
+    const REQUEST: c_ulong;
     fn size(&mut self) -> &mut u32;
 }
 
@@ -97,13 +96,12 @@ unsafe trait Argument: Default {
 unsafe trait Plain: Argument {}
 
 macro_rules! arguments {
-    ($($file:ty: $(<$plain:ident>)? $structure:ty = $number:expr, $size:ident;)*) => {$(
+    ($($file:ty: $structure:ty = $number:expr, $size:ident $(, $plain:ident)?;)*) => {$(
         // SAFETY: `iommufd.h` and `vfio.h` define this structure for this request, and both begin each with its size;
         // the bindings are generated from them. It is made of integers.
         unsafe impl Argument for $structure {
             type File = $file;
-            // `_IO(';', number)`: neither puts a size into the request.
-            const REQUEST: Ioctl = ((b';' as Ioctl) << 8) | $number as Ioctl;
+            const REQUEST: c_ulong = crate::ioctl::request($number as u8);
             fn size(&mut self) -> &mut u32 {
                 &mut self.$size
             }
@@ -117,23 +115,23 @@ macro_rules! arguments {
 }
 
 arguments! {
-    IommuFd: <Plain> uapi::iommu_destroy = uapi::IOMMUFD_CMD_DESTROY, size;
-    IommuFd: <Plain> uapi::iommu_ioas_alloc = uapi::IOMMUFD_CMD_IOAS_ALLOC, size;
-    IommuFd: <Plain> uapi::iommu_ioas_map = uapi::IOMMUFD_CMD_IOAS_MAP, size;
-    IommuFd: <Plain> uapi::iommu_ioas_map_file = uapi::IOMMUFD_CMD_IOAS_MAP_FILE, size;
-    IommuFd: <Plain> uapi::iommu_ioas_copy = uapi::IOMMUFD_CMD_IOAS_COPY, size;
-    IommuFd: <Plain> uapi::iommu_ioas_unmap = uapi::IOMMUFD_CMD_IOAS_UNMAP, size;
-    IommuFd: <Plain> uapi::iommu_option = uapi::IOMMUFD_CMD_OPTION, size;
-    IommuFd: <Plain> uapi::iommu_fault_alloc = uapi::IOMMUFD_CMD_FAULT_QUEUE_ALLOC, size;
-    IommuFd: <Plain> uapi::iommu_hwpt_set_dirty_tracking = uapi::IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, size;
+    IommuFd: uapi::iommu_destroy = uapi::IOMMUFD_CMD_DESTROY, size, Plain;
+    IommuFd: uapi::iommu_ioas_alloc = uapi::IOMMUFD_CMD_IOAS_ALLOC, size, Plain;
+    IommuFd: uapi::iommu_ioas_map = uapi::IOMMUFD_CMD_IOAS_MAP, size, Plain;
+    IommuFd: uapi::iommu_ioas_map_file = uapi::IOMMUFD_CMD_IOAS_MAP_FILE, size, Plain;
+    IommuFd: uapi::iommu_ioas_copy = uapi::IOMMUFD_CMD_IOAS_COPY, size, Plain;
+    IommuFd: uapi::iommu_ioas_unmap = uapi::IOMMUFD_CMD_IOAS_UNMAP, size, Plain;
+    IommuFd: uapi::iommu_option = uapi::IOMMUFD_CMD_OPTION, size, Plain;
+    IommuFd: uapi::iommu_fault_alloc = uapi::IOMMUFD_CMD_FAULT_QUEUE_ALLOC, size, Plain;
+    IommuFd: uapi::iommu_hwpt_set_dirty_tracking = uapi::IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, size, Plain;
     IommuFd: uapi::iommu_hwpt_alloc = uapi::IOMMUFD_CMD_HWPT_ALLOC, size;
     IommuFd: uapi::iommu_ioas_iova_ranges = uapi::IOMMUFD_CMD_IOAS_IOVA_RANGES, size;
     IommuFd: uapi::iommu_ioas_allow_iovas = uapi::IOMMUFD_CMD_IOAS_ALLOW_IOVAS, size;
     IommuFd: uapi::iommu_hw_info = uapi::IOMMUFD_CMD_GET_HW_INFO, size;
     IommuFd: uapi::iommu_hwpt_get_dirty_bitmap = uapi::IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, size;
     VfioFd: vfio::vfio_device_bind_iommufd = vfio::VFIO_BASE + 18, argsz;
-    VfioFd: <Plain> vfio::vfio_device_attach_iommufd_pt = vfio::VFIO_BASE + 19, argsz;
-    VfioFd: <Plain> vfio::vfio_device_detach_iommufd_pt = vfio::VFIO_BASE + 20, argsz;
+    VfioFd: vfio::vfio_device_attach_iommufd_pt = vfio::VFIO_BASE + 19, argsz, Plain;
+    VfioFd: vfio::vfio_device_detach_iommufd_pt = vfio::VFIO_BASE + 20, argsz, Plain;
 }
 
 /// Does the ioctl.
@@ -142,10 +140,10 @@ arguments! {
 /// Each pointer in `argument` is good for what the kernel does there in this call.
 unsafe fn ioctl<A: Argument>(file: &A::File, argument: &mut A) -> io::Result<()> {
     *argument.size() = size_of::<A>() as u32;
-    // SAFETY: by the contract of `Argument`, this request of this file takes this structure, which is borrowed for the
-    // call and says how large it is; the caller vouches for the pointers in it.
-    let result = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), A::REQUEST, std::ptr::from_mut(argument)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // SAFETY: by the contract of `Argument`, this request of this file takes this structure, which says how large it is,
+    // and any bytes are valid in it; the caller vouches for the pointers in it.
+    unsafe { crate::ioctl::ioctl(file.as_fd(), A::REQUEST, argument) }?;
+    Ok(())
 }
 
 /// Does an ioctl that can not go wrong for memory.
@@ -276,7 +274,7 @@ pub(super) fn ioas_iova_ranges(iommufd: &IommuFd, ioas_id: u32) -> io::Result<Ve
                 return Ok(ranges.into_iter().map(range).collect());
             }
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) && found > ranges.len() => {
-                ranges.resize(found, Default::default());
+                ranges.resize(found, uapi::iommu_iova_range::default());
             }
             Err(error) => return Err(error),
         }
@@ -390,7 +388,7 @@ pub(super) fn fault_queue_alloc(iommufd: &IommuFd) -> io::Result<(u32, FaultFd)>
     let mut argument = uapi::iommu_fault_alloc::default();
     call(iommufd, &mut argument)?;
     // SAFETY: the kernel has just opened this file descriptor for this process, and nobody else knows it.
-    let fd = unsafe { OwnedFd::from_raw_fd(argument.out_fault_fd as RawFd) };
+    let fd = unsafe { OwnedFd::from_raw_fd(argument.out_fault_fd.cast_signed()) };
     Ok((argument.out_fault_id, FaultFd(fd)))
 }
 
