@@ -101,6 +101,10 @@ impl Iommu {
         Self(iommufd.clone())
     }
 
+    pub(crate) fn iommufd(&self) -> &Iommufd {
+        &self.0
+    }
+
     /// # Safety
     /// Request `number` of an iommufd takes a `T`, and writes no memory but that and what the caller vouches for.
     unsafe fn call<T>(&self, number: u32, argument: &mut T) -> io::Result<()> {
