@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use underpass_iommu::{Error, ErrorKind, Result};
 
 use crate::model::{Doorbell, Width};
-use crate::pci::Function;
+use crate::pci::Registers;
 
 /// A BAR, or a [`window`](Self::window) of one. Clones show the same registers.
 ///
@@ -43,7 +43,7 @@ enum Target {
     /// A mapping of the device.
     Mmio { base: NonNull<u8>, can_post: bool, _keep: Arc<dyn Any + Send + Sync> },
     /// Registers that take a call each.
-    Registers { bar: usize, function: Arc<dyn Function> },
+    Registers { bar: usize, function: Arc<dyn Registers> },
     /// A model's doorbells and portals: page n is `targets[n]`.
     Doorbells { shift: u32, targets: Arc<[Arc<dyn Doorbell>]> },
     /// Memory, which the model or a test reads through another clone.
@@ -84,7 +84,7 @@ impl Bar {
     }
 
     /// Registers that are a call each, of `bar` of `function`.
-    pub(crate) fn registers(function: Arc<dyn Function>, bar: usize, len: u64) -> Self {
+    pub(crate) fn registers(function: Arc<dyn Registers>, bar: usize, len: u64) -> Self {
         Self { target: Target::Registers { bar, function }, start: 0, len, name: "registers".into() }
     }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use std::iter;
 use std::sync::Arc;
 
-use super::{Function, command};
+use super::{Registers, command};
 use crate::model::Width;
 
 /// Bytes of a PCI Express function's configuration space.
@@ -31,11 +31,11 @@ const EXTENDED: u16 = 0x100;
 /// whatever is written there: BARs are in use as long as the device is open. Both are logged as the driver's bug.
 #[derive(Clone)]
 pub struct Config {
-    function: Arc<dyn Function>,
+    function: Arc<dyn Registers>,
 }
 
 impl Config {
-    pub(crate) fn new(function: Arc<dyn Function>) -> Self {
+    pub(crate) fn new(function: Arc<dyn Registers>) -> Self {
         Self { function }
     }
 
