@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::iova::{IovaAllocator, IovaRange};
-use crate::{Access, Iova, PageSizes, Pasid, Region, Result, soft};
+use crate::{Access, Iova, PageSizes, Pasid, Region, Result, iommufd, soft};
 
 /// A kind of IOMMU, able to make address spaces.
 pub trait IommuBackend: Send + Sync + fmt::Debug {
@@ -58,6 +58,8 @@ pub trait Attachable: Send + Sync {
 pub enum AttachableKind<'a> {
     /// A device behind the software IOMMU.
     Soft(&'a Arc<soft::SoftDevice>),
+    /// A device that is bound to an iommufd: a VFIO cdev, or the kernel's mock in tests.
+    Iommufd(&'a Arc<dyn iommufd::Device>),
 }
 
 /// Who makes the IOMMU, where it says so.
@@ -66,6 +68,12 @@ pub enum AttachableKind<'a> {
 pub enum Vendor {
     /// This crate's software IOMMU.
     Software,
+    /// Intel's, VT-d.
+    IntelVtd,
+    /// AMD's, AMD-Vi.
+    AmdVi,
+    /// Arm's System Memory Management Unit, version 3.
+    ArmSmmuV3,
     /// It does not report itself.
     Unknown,
 }

@@ -28,6 +28,7 @@ mod address;
 mod backend;
 mod error;
 mod fault;
+pub mod iommufd;
 mod iova;
 mod memory;
 mod pasid;

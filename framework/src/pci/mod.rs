@@ -3,6 +3,7 @@
 //! [`PciDevice`] is one type whatever the function is: a driver is not generic over it and can not tell a model in this
 //! process from anything else. What is under it speaks through one small trait.
 
+mod address;
 mod config;
 mod in_process;
 
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use underpass_iommu::soft::SoftIommu;
 use underpass_iommu::{Attachable, AttachableKind, Error, ErrorKind, Fault, IommuBackend, Result};
 
+pub use address::PciAddress;
 pub use config::{CONFIG_LEN, Config, ConfigSpace};
 
 use crate::bar::Bar;

@@ -118,6 +118,12 @@ impl SoftIommu {
                 "the device is behind another software IOMMU",
             )
             .mend("allocate the address space from the IOMMU that the device was made with")),
+            _ => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "attach the device to an address space",
+                "the device is not behind a software IOMMU",
+            )
+            .mend("allocate the address space from the IOMMU that the device is behind")),
         }
     }
 }
