@@ -1,6 +1,7 @@
 //! Opens the ports, gives them memory, starts and stops them.
 
 use underpass::net::{Config, DeviceDrops, FRAME_OVERHEAD, MIN_FRAME, Port, Started};
+use underpass::pci::PciAddress;
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool};
 
@@ -57,9 +58,9 @@ pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
 /// Whether both name the same device. A software device is made anew each time that it is named.
 fn is_same(a: &str, b: &str) -> bool {
     let device = |address: &str| {
-        let device = address.split(',').next().unwrap_or_default().to_ascii_lowercase();
-        // The PCI domain that is left out is 0000.
-        device.strip_prefix("0000:").map(str::to_owned).unwrap_or(device)
+        let device = address.split(',').next().unwrap_or_default();
+        // A PCI function has several spellings.
+        device.parse().map_or_else(|_| device.to_owned(), |address: PciAddress| address.to_string())
     };
     !device(a).starts_with("soft:") && device(a) == device(b)
 }
