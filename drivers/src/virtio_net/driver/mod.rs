@@ -24,6 +24,7 @@ use underpass::net::{Config, Counters, DeviceDrops, Info, Link, MacAddr, Port, R
 use underpass::pci::PciDevice;
 use underpass::{Access, Error, ErrorKind, Fault, Pool, Region, Result};
 
+use self::lease::GONE;
 use self::offer::Offer;
 use self::start::Running;
 use self::transport::Transport;
@@ -381,17 +382,19 @@ impl Port for VirtioNet {
 impl VirtioNet {
     fn look_for_failure(&mut self) -> Option<Error> {
         const MEND: &str = "stop it and start it again; packets on its queues are lost";
+        const MEND_GONE: &str = "open it again once it is there and bound: underpass devices";
         let running = self.running.as_mut()?;
         if !self.failure_reported {
             let failure = match self.transport.status() {
+                _ if self.device.is_gone() => Some((ErrorKind::Gone, GONE, MEND_GONE)),
                 // All ones is what reading nothing gives.
-                u8::MAX => Some((ErrorKind::Gone, "nothing answers at its registers")),
+                u8::MAX => Some((ErrorKind::Gone, "nothing answers at its registers", MEND_GONE)),
                 now if now & status::DEVICE_NEEDS_RESET != 0 => {
-                    Some((ErrorKind::Device, "it failed, and asks for a reset"))
+                    Some((ErrorKind::Device, "it failed, and asks for a reset", MEND))
                 }
                 _ => None,
             };
-            let failure = failure.map(|(kind, why)| Error::new(kind, "go on", why).mend(MEND));
+            let failure = failure.map(|(kind, why, mend)| Error::new(kind, "go on", why).mend(mend));
             let failure = failure.or_else(|| self.device.engine_failure());
             if let Some(failure) = failure {
                 self.failure_reported = true;
@@ -417,8 +420,10 @@ impl Drop for VirtioNet {
         if let Err(error) = self.halt() {
             tracing::error!("{}", self.named(error));
         }
-        if let Err(error) = self.device.set_bus_master(false) {
-            tracing::error!("{}", self.named(error));
+        match self.device.set_bus_master(false) {
+            // What is not there does no DMA.
+            Err(error) if error.kind() != ErrorKind::Gone => tracing::error!("{}", self.named(error)),
+            _ => {}
         }
     }
 }
