@@ -8,6 +8,7 @@
 //! # }
 //! ```
 
+mod pci;
 mod schemes;
 
 use std::ops::RangeInclusive;
@@ -16,6 +17,8 @@ use std::str::FromStr;
 use underpass::accel::Accelerator;
 use underpass::net::{MacAddr, Port};
 use underpass::{Error, ErrorKind, Result, worker};
+
+pub use pci::PciDriver;
 
 /// A kind of address and what opens it.
 #[derive(Debug, Clone, Copy)]
@@ -208,15 +211,16 @@ fn is_pci_address(name: &str) -> bool {
     bus_is_right && hex(function, 1..=1)
 }
 
-/// The addresses that can be opened.
+/// The addresses that can be opened, and the drivers of PCI devices.
 #[derive(Debug, Clone)]
 pub struct Registry {
     schemes: Vec<&'static Scheme>,
+    drivers: Vec<&'static PciDriver>,
 }
 
 /// The registry with all that this crate has.
 pub fn builtin() -> Registry {
-    Registry { schemes: schemes::ALL.to_vec() }
+    Registry { schemes: schemes::ALL.to_vec(), drivers: pci::ALL.to_vec() }
 }
 
 impl Registry {
@@ -225,6 +229,18 @@ impl Registry {
     pub fn with(mut self, scheme: &'static Scheme) -> Self {
         self.schemes.push(scheme);
         self
+    }
+
+    /// The registry with one more driver of PCI devices. Of two that know the same device, the later one drives it.
+    #[must_use]
+    pub fn with_driver(mut self, driver: &'static PciDriver) -> Self {
+        self.drivers.push(driver);
+        self
+    }
+
+    /// The driver for PCI devices with these ids, if there is one.
+    pub fn driver_for(&self, vendor: u16, device: u16) -> Option<&'static PciDriver> {
+        self.drivers.iter().rev().copied().find(|driver| driver.knows(vendor, device))
     }
 
     /// Opens the accelerator at `address`, as the user wrote it: a scheme's name, and its options after commas.
