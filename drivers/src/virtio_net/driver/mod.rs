@@ -392,7 +392,7 @@ impl VirtioNet {
                 _ => None,
             };
             let failure = failure.map(|(kind, why)| Error::new(kind, "go on", why).mend(MEND));
-            let failure = failure.or_else(|| self.device.engine_failure());
+            let failure = failure.or_else(|| self.device.failure());
             if let Some(failure) = failure {
                 self.failure_reported = true;
                 for queue in &mut running.queues {
