@@ -5,6 +5,7 @@
 
 mod address;
 mod config;
+pub mod host;
 mod in_process;
 
 use std::fmt;
