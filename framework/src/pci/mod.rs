@@ -96,8 +96,8 @@ pub(crate) trait Function: Registers {
     fn engine_cores(&self) -> Vec<Option<usize>> {
         Vec::new()
     }
-    /// See [`PciDevice::engine_failure`].
-    fn engine_failure(&self) -> Option<Error> {
+    /// See [`PciDevice::failure`].
+    fn failure(&self) -> Option<Error> {
         None
     }
     /// See [`PciDevice::step`].
@@ -257,8 +257,8 @@ impl PciDevice {
     }
 
     /// Why an engine runs no more: the device then never finishes what it was given.
-    pub fn engine_failure(&self) -> Option<Error> {
-        self.function.engine_failure()
+    pub fn failure(&self) -> Option<Error> {
+        self.function.failure()
     }
 
     /// Under [`Run::Stepped`] and [`Run::Inline`], steps each engine once and returns whether any did work. Those that

@@ -24,7 +24,6 @@ use underpass::net::{Config, Counters, DeviceDrops, Info, Link, MacAddr, Port, R
 use underpass::pci::PciDevice;
 use underpass::{Access, Error, ErrorKind, Fault, Pool, Region, Result};
 
-use self::lease::GONE;
 use self::offer::Offer;
 use self::start::Running;
 use self::transport::Transport;
@@ -382,20 +381,20 @@ impl Port for VirtioNet {
 impl VirtioNet {
     fn look_for_failure(&mut self) -> Option<Error> {
         const MEND: &str = "stop it and start it again; packets on its queues are lost";
-        const MEND_GONE: &str = "open it again once it is there and bound: underpass devices";
         let running = self.running.as_mut()?;
         if !self.failure_reported {
-            let failure = match self.transport.status() {
-                _ if self.device.is_gone() => Some((ErrorKind::Gone, GONE, MEND_GONE)),
-                // All ones is what reading nothing gives.
-                u8::MAX => Some((ErrorKind::Gone, "nothing answers at its registers", MEND_GONE)),
-                now if now & status::DEVICE_NEEDS_RESET != 0 => {
-                    Some((ErrorKind::Device, "it failed, and asks for a reset", MEND))
-                }
-                _ => None,
-            };
-            let failure = failure.map(|(kind, why, mend)| Error::new(kind, "go on", why).mend(mend));
-            let failure = failure.or_else(|| self.device.engine_failure());
+            // What the device's owner knows of it is nearer to the cause than what its registers say.
+            let failure = self.device.failure().or_else(|| {
+                let (kind, why) = match self.transport.status() {
+                    // All ones is what reading nothing gives.
+                    u8::MAX => (ErrorKind::Gone, "nothing answers at its registers"),
+                    now if now & status::DEVICE_NEEDS_RESET != 0 => {
+                        (ErrorKind::Device, "it failed, and asks for a reset")
+                    }
+                    _ => return None,
+                };
+                Some(Error::new(kind, "go on", why).mend(MEND))
+            });
             if let Some(failure) = failure {
                 self.failure_reported = true;
                 for queue in &mut running.queues {
