@@ -55,6 +55,10 @@ impl Interrupt {
         }
     }
 
+    pub(crate) fn signal(&self) {
+        signal(&self.fd);
+    }
+
     /// Takes all signals and returns whether there were any. Never waits.
     #[allow(clippy::must_use_candidate, reason = "called to clear the signal, too")]
     pub fn drain(&self) -> bool {
@@ -73,6 +77,11 @@ impl AsFd for Interrupt {
     }
 }
 
+fn signal(fd: &OwnedFd) {
+    // EAGAIN: 2^64 - 2 signals are there already, so it is signalled.
+    let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
+}
+
 /// A model's way to its vectors. Clones signal the same ones.
 #[derive(Clone, Default)]
 pub struct Interrupts(Arc<RwLock<Vec<Arc<OwnedFd>>>>);
@@ -81,8 +90,7 @@ impl Interrupts {
     /// Signals `vector`. Nothing happens where the driver has not asked for it.
     pub fn trigger(&self, vector: usize) {
         if let Some(fd) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(vector) {
-            // EAGAIN: 2^64 - 2 signals are there already, so it is signalled.
-            let _ = rustix::io::write(&**fd, &1_u64.to_ne_bytes());
+            signal(fd);
         }
     }
 

@@ -34,7 +34,12 @@ impl Area {
     /// # Safety
     /// While `keep` lives, the `len` bytes at `base` stay mapped, readable and writable, and nothing makes a
     /// reference to them. They may be accessed from any thread. `start` is as aligned as `base` is, up to 64 bytes.
-    pub(crate) unsafe fn new(start: u64, base: NonNull<u8>, len: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
+    pub(crate) unsafe fn new(
+        start: u64,
+        base: NonNull<u8>,
+        len: u64,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
         Self { start, len, base, _keep: keep }
     }
 

@@ -65,7 +65,8 @@ impl Events {
             }
         }
         let (gone, stop) = (Arc::new(AtomicU8::new(0)), Arc::new(Interrupt::new().map_err(named)?));
-        let this = |thread| Self { gone: Arc::clone(&gone), stop: Arc::clone(&stop), thread: Mutex::new(thread) };
+        let this =
+            |thread| Self { gone: Arc::clone(&gone), stop: Arc::clone(&stop), thread: Mutex::new(thread) };
         if watched.is_empty() {
             return Ok(this(None));
         }
@@ -115,7 +116,9 @@ fn sleep(device: &str, stop: &Interrupt, watched: &[(Interrupt, Gone)], state: &
         match poll(&mut polled, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
-            Err(errno) => return tracing::error!("{device}: its events are watched no more: poll failed ({errno})"),
+            Err(errno) => {
+                return tracing::error!("{device}: its events are watched no more: poll failed ({errno})");
+            }
         }
         if polled.last().is_some_and(|stop| !stop.revents().is_empty()) {
             return;

@@ -156,7 +156,7 @@ pub(super) fn reset(device: &Handle) -> io::Result<()> {
 fn ask(device: &Handle, number: u32, argument: &mut [u32]) -> io::Result<u32> {
     argument[0] = size_of_val(argument) as u32;
     // `_IO(';', 100 + number)`: VFIO's requests have no size in them.
-    let request = vfio::VFIO_TYPE << 8 | vfio::VFIO_BASE + number;
+    let request = u32::from(vfio::VFIO_TYPE) << 8 | (vfio::VFIO_BASE + number);
     let fd = device.as_fd().as_raw_fd();
     // SAFETY: the file is a VFIO device (Handle), which takes with this request a buffer that says how long it is (just
     // above) or none. The buffer is borrowed for the call, and all bit patterns are valid in it.

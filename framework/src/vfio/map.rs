@@ -42,8 +42,9 @@ impl Mapping {
     fn new(device: &Handle, offset: u64, len: usize) -> Result<Self, Errno> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping where the kernel likes takes nothing away from anybody.
-        let ptr =
-            unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, MapFlags::SHARED, device.as_fd(), offset) }?;
+        let ptr = unsafe {
+            rustix::mm::mmap(ptr::null_mut(), len, access, MapFlags::SHARED, device.as_fd(), offset)
+        }?;
         NonNull::new(ptr).map(|ptr| Self { ptr, len }).ok_or(Errno::INVAL)
     }
 }

@@ -31,7 +31,7 @@ use self::region::RegionInfo;
 use crate::bar::Bar;
 use crate::interrupt::{Interrupt, Line};
 use crate::model::Width;
-use crate::pci::{Config, Function, Registers, cap, command, too_few_vectors};
+use crate::pci::{COMMAND, Config, Function, Registers, cap, command, too_few_vectors};
 
 pub(crate) use open::{open, open_mdev};
 
@@ -68,7 +68,12 @@ pub(crate) struct Device {
 
 impl Device {
     /// Asks the device what it has.
-    fn new(name: String, handle: Handle, iommu: Box<dyn IommuBackend>, numa_node: Option<u32>) -> Result<Self> {
+    fn new(
+        name: String,
+        handle: Handle,
+        iommu: Box<dyn IommuBackend>,
+        numa_node: Option<u32>,
+    ) -> Result<Self> {
         let failed = |what: &'static str| {
             let name = name.clone();
             move |error: io::Error| Error::os(what, "the kernel refuses", error).device(name.clone())
@@ -80,7 +85,8 @@ impl Device {
                 .mend("use one that underpass devices lists"));
         }
         let region = |index: u32| {
-            let said = ioctl::region_info(&handle, index).map_err(failed("ask what regions the device has"))?;
+            let said =
+                ioctl::region_info(&handle, index).map_err(failed("ask what regions the device has"))?;
             RegionInfo::parse(&said).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Device,
@@ -140,7 +146,8 @@ impl Device {
 
     fn pwrite(&self, region: &RegionInfo, offset: u64, width: Width, value: u64) {
         let len = width.bytes() as usize;
-        let done = rustix::io::pwrite(self.handle.as_fd(), &value.to_le_bytes()[..len], region.offset + offset);
+        let done =
+            rustix::io::pwrite(self.handle.as_fd(), &value.to_le_bytes()[..len], region.offset + offset);
         if done != Ok(len) {
             self.complain("write", offset, done);
         }
@@ -149,7 +156,10 @@ impl Device {
     #[cold]
     fn complain(&self, access: &str, offset: u64, done: Result<usize, Errno>) {
         if !self.complained.swap(true, Ordering::Relaxed) {
-            tracing::error!("{}: cannot {access} at {offset:#x}: {done:?}; later ones are not logged", self.name);
+            tracing::error!(
+                "{}: cannot {access} at {offset:#x}: {done:?}; later ones are not logged",
+                self.name
+            );
         }
     }
 
@@ -175,8 +185,9 @@ impl Device {
     fn kind_for(&self, count: usize) -> Result<Irq> {
         let mut most = 0;
         for irq in [Irq::Msix, Irq::Msi, Irq::Intx] {
-            let there = ioctl::irq_count(&self.handle, irq)
-                .map_err(|error| self.os("ask what interrupts the device has", "the kernel refuses", error))?;
+            let there = ioctl::irq_count(&self.handle, irq).map_err(|error| {
+                self.os("ask what interrupts the device has", "the kernel refuses", error)
+            })?;
             if there as usize >= count {
                 return Ok(irq);
             }
@@ -262,7 +273,10 @@ impl Function for Device {
         }
         if irq == Irq::Intx {
             let line = Arc::downgrade(&self.handle) as Weak<dyn Line>;
-            return Ok(interrupts.into_iter().map(|interrupt| interrupt.of_line(Weak::clone(&line))).collect());
+            return Ok(interrupts
+                .into_iter()
+                .map(|interrupt| interrupt.of_line(Weak::clone(&line)))
+                .collect());
         }
         Ok(interrupts)
     }
@@ -296,10 +310,10 @@ impl Function for Device {
         if let Err(error) = self.disable(&mut self.vectors()) {
             tracing::error!("{error}");
         }
-        let now = self.read_config(command::OFFSET, Width::Bits16) as u16;
+        let now = self.read_config(COMMAND, Width::Bits16) as u16;
         // All ones is what reading nothing gives.
         if now & command::BUS_MASTER != 0 && now != u16::MAX {
-            self.write_config(command::OFFSET, Width::Bits16, (now & !command::BUS_MASTER).into());
+            self.write_config(COMMAND, Width::Bits16, (now & !command::BUS_MASTER).into());
         }
         self.events.stop();
     }

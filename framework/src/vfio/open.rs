@@ -150,11 +150,16 @@ fn not_bound(device: &HostDevice) -> Error {
     let bind = format!("run as root: underpass bind {name}");
     let error = |kind, why: String| Error::new(kind, "open the device", why).device(name.clone());
     match device.kernel_driver() {
-        Some(driver) => error(ErrorKind::Busy, format!("it belongs to the kernel's driver {driver}")).mend(bind),
-        None if device.is_denylisted() && !Host::this().takes_denylisted() => {
-            error(ErrorKind::Permission, "vfio-pci takes it only with disable_denylist=1".into())
-                .mend(format!("run as root: modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1; underpass bind {name}"))
+        Some(driver) => {
+            error(ErrorKind::Busy, format!("it belongs to the kernel's driver {driver}")).mend(bind)
         }
+        None if device.is_denylisted() && !Host::this().takes_denylisted() => error(
+            ErrorKind::Permission,
+            "vfio-pci takes it only with disable_denylist=1".into(),
+        )
+        .mend(format!(
+            "run as root: modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1; underpass bind {name}"
+        )),
         None => error(ErrorKind::NotFound, "it is not bound to vfio-pci".into()).mend(bind),
     }
 }
@@ -176,7 +181,13 @@ fn cannot_open(path: &Path, device: &str, error: std::io::Error) -> Error {
         Some(libc::EACCES | libc::EPERM) => {
             let owner = fs::metadata(path).map_or_else(
                 |_| "it belongs to another user".to_owned(),
-                |file| format!("it belongs to user {}, and this is user {}", file.uid(), rustix::process::getuid().as_raw()),
+                |file| {
+                    format!(
+                        "it belongs to user {}, and this is user {}",
+                        file.uid(),
+                        rustix::process::getuid().as_raw()
+                    )
+                },
             );
             Error::os(operation, owner, error)
                 .mend(format!("run as root: underpass bind --owner USER {device}"))
@@ -200,8 +211,17 @@ mod tests {
 
     #[test]
     fn what_is_no_uuid_never_becomes_a_path() {
-        for text in ["", "../../../../etc/passwd-and-more-letters-", "83b8f4f2-509f-382f-3c1e-e6bfe0fa100", "83b8f4f2/509f-382f-3c1e-e6bfe0fa1001"] {
-            assert_eq!(open_mdev(text, &Options::default()).unwrap_err().kind(), ErrorKind::InvalidInput, "{text}");
+        for text in [
+            "",
+            "../../../../etc/passwd-and-more-letters-",
+            "83b8f4f2-509f-382f-3c1e-e6bfe0fa100",
+            "83b8f4f2/509f-382f-3c1e-e6bfe0fa1001",
+        ] {
+            assert_eq!(
+                open_mdev(text, &Options::default()).unwrap_err().kind(),
+                ErrorKind::InvalidInput,
+                "{text}"
+            );
         }
         let absent = open_mdev("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", &Options::default()).unwrap_err();
         assert_eq!(absent.kind(), ErrorKind::NotFound);
