@@ -4,6 +4,7 @@ use underpass::net::{Config, DeviceDrops, FRAME_OVERHEAD, MIN_FRAME, Port, Start
 use underpass::pci::PciAddress;
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool};
+use underpass_drivers::Registry;
 
 use super::args::Args;
 use super::mode::Mode;
@@ -42,7 +43,7 @@ pub(super) fn usual(args: &Args) -> Vec<String> {
 }
 
 /// Opens the ports at these addresses.
-pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
+pub(super) fn open(registry: &Registry, addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
     for (index, address) in addresses.iter().enumerate() {
         if let Some(earlier) = addresses[..index].iter().position(|earlier| is_same(earlier, address)) {
             return Err(Usage(format!(
@@ -51,7 +52,6 @@ pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
             .into());
         }
     }
-    let registry = underpass_drivers::builtin();
     Ok(addresses.iter().map(|address| registry.open_port(address)).collect::<Result<_, _>>()?)
 }
 
@@ -171,6 +171,14 @@ impl Ports {
             }
         }
         wanted
+    }
+
+    /// The first port whose device has an error to report, and that error.
+    pub(super) fn failure(&mut self) -> Option<(usize, Error)> {
+        self.ports.iter_mut().enumerate().find_map(|(index, port)| {
+            let error = port.next_error()?;
+            Some((index, error.device(port.name().to_owned())))
+        })
     }
 
     /// Ports without a link.

@@ -190,9 +190,8 @@ suite! {
     ]
 }
 
-nic!(testbed_packed: Nic::new("UNDERPASS_NET0", "UNDERPASS_PEER", "net0"));
-nic!(testbed_split: Nic::new("UNDERPASS_NET1", "UNDERPASS_PEER1", "net1"));
-nic!(testbed_queues: Nic::new("UNDERPASS_NETMQ", "UNDERPASS_PEERMQ", "netmq"));
+nic!(testbed_queues: Nic::new("UNDERPASS_NET0", "UNDERPASS_PEER0", "net0"));
+nic!(testbed_packed: Nic::new("UNDERPASS_NET1", "UNDERPASS_PEER1", "net1"));
 
 /// A port on a wire that gives back what is sent.
 fn echo(kind: &Kind) -> Bench {
