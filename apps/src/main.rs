@@ -11,6 +11,7 @@ mod crc32c;
 mod demo;
 mod forward;
 mod interrupt;
+mod registry;
 mod size;
 mod value;
 
