@@ -17,6 +17,7 @@ mod forward;
 mod interrupt;
 mod memlock;
 mod pci_names;
+mod registry;
 mod size;
 mod value;
 

@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::iova::{IovaAllocator, IovaRange};
-use crate::{Access, Iova, PageSizes, Pasid, Region, Result, iommufd, soft};
+use crate::{Access, Iova, PageSizes, Pasid, Region, Result, group, iommufd, soft};
 
 /// A kind of IOMMU, able to make address spaces.
 pub trait IommuBackend: Send + Sync + fmt::Debug {
@@ -44,6 +44,23 @@ impl SvaToken {
     }
 }
 
+/// Proof that somebody took responsibility for devices that no IOMMU holds back: what opens [`noiommu`](crate::noiommu).
+#[derive(Debug, Clone)]
+pub struct UnprotectedDma(());
+
+impl UnprotectedDma {
+    /// Opts in to DMA without an IOMMU.
+    ///
+    /// # Safety
+    /// Whoever makes a token vouches for every driver and device that it, or a clone of it, is given to: they reach all of
+    /// the machine's memory by physical addresses, and a wrong one corrupts whatever lies there, in this process, another
+    /// or the kernel. Nothing stops a device when its memory is unmapped, or this process ends.
+    #[must_use]
+    pub const unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
 /// What can be put behind an address space. Each backend knows the kinds that it takes and refuses the rest.
 pub trait Attachable: Send + Sync {
     /// The device's name, for messages.
@@ -60,6 +77,8 @@ pub enum AttachableKind<'a> {
     Soft(&'a Arc<soft::SoftDevice>),
     /// A device that is bound to an iommufd: a VFIO cdev, or the kernel's mock in tests.
     Iommufd(&'a Arc<dyn iommufd::Device>),
+    /// A device of a VFIO group.
+    Group(&'a Arc<group::Group>),
 }
 
 /// Who makes the IOMMU, where it says so.
@@ -101,7 +120,12 @@ pub trait IoasOps: Send + Sync + fmt::Debug {
     /// Addresses that everything attached so far can use.
     fn usable_iovas(&self) -> Vec<IovaRange>;
     /// Maps the whole region at `iova`, which is aligned to the region's page size and lies in a usable range.
-    fn map(&self, iova: Iova, region: &Region, access: Access) -> Result<()>;
+    fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()>;
+    /// Where each of the region's pages is for the device, if the backend can not choose that: without an IOMMU, an address
+    /// is what the memory has. Such regions are neither mapped nor unmapped.
+    fn pages(&self, _region: &Region) -> Result<Option<Box<[Iova]>>> {
+        Ok(None)
+    }
     /// Undoes exactly one earlier [`map`](Self::map); returns once no DMA can touch the memory any more.
     fn unmap(&self, iova: Iova, len: u64) -> Result<()>;
     /// Where memory that is handed to the device has to be registered (`check=leases`), if it has to.
@@ -170,6 +194,11 @@ impl Ioas {
     /// Maps `region` for the attached devices, at its preferred address if that is free and usable here, else
     /// at one that is. The mapping lasts until the returned value is dropped.
     pub fn map(&self, region: &Arc<Region>, access: Access) -> Result<Mapping> {
+        if let Some(pages) = self.0.ops.pages(region)? {
+            let iova = pages.first().copied().unwrap_or(Iova::new(0));
+            let (ioas, region) = (self.clone(), Arc::clone(region));
+            return Ok(Mapping { ioas, region, iova, pages: Some(pages), access, mapped: false });
+        }
         let mut iovas = self.0.iovas();
         let (len, alignment) = (region.len(), region.page_size().bytes());
         let iova = match region.preferred_iova() {
@@ -180,7 +209,14 @@ impl Ioas {
             iovas.free(iova, len);
             return Err(error);
         }
-        Ok(Mapping { ioas: self.clone(), region: Arc::clone(region), iova, access, mapped: true })
+        Ok(Mapping {
+            ioas: self.clone(),
+            region: Arc::clone(region),
+            iova,
+            pages: None,
+            access,
+            mapped: true,
+        })
     }
 
     /// Addresses that everything attached so far can use, in ascending order.
@@ -206,7 +242,9 @@ pub struct Mapping {
     ioas: Ioas,
     region: Arc<Region>,
     iova: Iova,
+    pages: Option<Box<[Iova]>>,
     access: Access,
+    /// Whether there is something to be unmapped.
     mapped: bool,
 }
 
@@ -214,6 +252,12 @@ impl Mapping {
     /// Where the region starts, for the device.
     pub fn iova(&self) -> Iova {
         self.iova
+    }
+
+    /// Where each of the region's pages is for the device, in units of its [page size](Region::page_size): without an IOMMU
+    /// they need not be neighbours. `None` where they are, from [`iova`](Self::iova) on.
+    pub fn pages(&self) -> Option<&[Iova]> {
+        self.pages.as_deref()
     }
 
     /// What is mapped.

@@ -28,17 +28,21 @@ mod address;
 mod backend;
 mod error;
 mod fault;
+pub mod group;
+mod ioctl;
 pub mod iommufd;
 mod iova;
 mod memory;
+pub mod noiommu;
 mod pasid;
 pub mod soft;
+pub mod type1;
 mod word;
 
 pub use address::{Access, Iova, PageSize, PageSizes};
 pub use backend::{
     Attachable, AttachableKind, Attachment, AttachmentOps, Capabilities, Ioas, IoasOps, IommuBackend, Leases,
-    Mapping, SvaToken, Vendor,
+    Mapping, SvaToken, UnprotectedDma, Vendor,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use fault::{Fault, FaultQueue, FaultReason};

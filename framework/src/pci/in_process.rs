@@ -200,7 +200,7 @@ impl Function for InProcess {
     }
 
     /// The first panic of one of them. A worker's name says which device it was.
-    fn engine_failure(&self) -> Option<Error> {
+    fn failure(&self) -> Option<Error> {
         let failure = self.workers().iter().find_map(Worker::failure);
         let failure = failure.or_else(|| self.engine_failure.get().cloned());
         failure.map(|error| error.device(self.name().to_owned()))

@@ -15,11 +15,13 @@ use underpass_iommu::soft::SoftIommu;
 use underpass_iommu::{Attachable, AttachableKind, Error, ErrorKind, Fault, IommuBackend, Result};
 
 pub use address::PciAddress;
+pub(crate) use config::COMMAND;
 pub use config::{CONFIG_LEN, Config, ConfigSpace};
 
 use crate::bar::Bar;
 use crate::interrupt::Interrupt;
 use crate::model::{Model, Width};
+use crate::vfio;
 use in_process::InProcess;
 
 /// Bits of the command register (PCI Express Base Specification 6.0, 7.5.1.1.3).
@@ -96,8 +98,8 @@ pub(crate) trait Function: Registers {
     fn engine_cores(&self) -> Vec<Option<usize>> {
         Vec::new()
     }
-    /// See [`PciDevice::engine_failure`].
-    fn engine_failure(&self) -> Option<Error> {
+    /// See [`PciDevice::failure`].
+    fn failure(&self) -> Option<Error> {
         None
     }
     /// See [`PciDevice::step`].
@@ -127,11 +129,12 @@ pub enum Run {
 /// Dropping it ends the device's DMA: engine threads are stopped and joined. [`Bar`]s taken from it stay valid, but
 /// nothing works behind them any more.
 pub struct PciDevice {
+    // Unmapped before what they belong to is closed.
+    bars: Vec<(usize, Bar)>,
     function: Arc<dyn Function>,
     /// The same, if drivers lend its engines their time: on the data path this is one branch.
     inline: Option<Arc<InProcess>>,
     config: Config,
-    bars: Vec<(usize, Bar)>,
 }
 
 impl PciDevice {
@@ -154,6 +157,35 @@ impl PciDevice {
         let mut this = Self::new(function, inline);
         this.set_bars(bars?);
         Ok(this)
+    }
+
+    /// The PCI function at `address`, which is bound to vfio-pci. The kernel resets it; memory decoding is on, bus
+    /// mastering is not yet.
+    ///
+    /// By its character device and [`Iommufd::shared`](crate::iommu::iommufd::Iommufd::shared) where the kernel has both; else by
+    /// its group, with the type1 IOMMU interface. A device that no IOMMU holds is opened only with
+    /// [`Options::unprotected`](vfio::Options::unprotected).
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such device, or it is bound to no driver; [`ErrorKind::Busy`] if another
+    /// driver or process has it; [`ErrorKind::Permission`] if this user may not, or no IOMMU holds it;
+    /// [`ErrorKind::Unsupported`] where the kernel can not.
+    pub fn open(address: PciAddress, options: &vfio::Options) -> Result<Self> {
+        vfio::open(address, options).map(Self::over_vfio)
+    }
+
+    /// The mediated device that is `/sys/bus/mdev/devices/UUID`, likewise.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open); [`ErrorKind::InvalidInput`] if `uuid` is none.
+    pub fn open_mdev(uuid: &str, options: &vfio::Options) -> Result<Self> {
+        vfio::open_mdev(uuid, options).map(Self::over_vfio)
+    }
+
+    fn over_vfio((device, bars): (Arc<vfio::Device>, Vec<(usize, Bar)>)) -> Self {
+        let mut this = Self::new(device, None);
+        this.set_bars(bars);
+        this
     }
 
     fn new(function: Arc<dyn Function>, inline: Option<Arc<InProcess>>) -> Self {
@@ -257,8 +289,8 @@ impl PciDevice {
     }
 
     /// Why an engine runs no more: the device then never finishes what it was given.
-    pub fn engine_failure(&self) -> Option<Error> {
-        self.function.engine_failure()
+    pub fn failure(&self) -> Option<Error> {
+        self.function.failure()
     }
 
     /// Under [`Run::Stepped`] and [`Run::Inline`], steps each engine once and returns whether any did work. Those that
@@ -285,7 +317,7 @@ impl PciDevice {
 }
 
 /// The refusal of more interrupt vectors than a device has.
-fn too_few_vectors(count: usize, vectors: usize) -> Error {
+pub(crate) fn too_few_vectors(count: usize, vectors: usize) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         format!("use {count} interrupt vectors"),

@@ -121,9 +121,9 @@ impl SoftIommu {
             _ => Err(Error::new(
                 ErrorKind::InvalidInput,
                 "attach the device to an address space",
-                "the device is not behind a software IOMMU",
+                "it is no software device, and the address space is of the software IOMMU",
             )
-            .mend("allocate the address space from the IOMMU that the device is behind")),
+            .mend("allocate the address space from the device's own IOMMU")),
         }
     }
 }
@@ -206,7 +206,7 @@ impl IoasOps for SoftIoas {
         usable
     }
 
-    fn map(&self, iova: Iova, region: &Region, access: Access) -> Result<()> {
+    fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()> {
         let sizes = self.iommu.options().page_sizes;
         // Pages of the IOMMU are never larger than those of the memory: a real one maps physical pages.
         let size = PageSize::LARGEST_FIRST
