@@ -23,26 +23,19 @@ pub(super) struct Hardware {
 
 impl Hardware {
     fn of(ioas: &Object, device: &dyn Device) -> Result<Self> {
-        let mut data = [0; Registers::MAX_LEN];
-        match calls::hw_info(ioas.fd(), device.id(), &mut data) {
-            Ok(info) => {
-                let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
-                Ok(Self {
-                    registers: Registers::new(calls::hw_info_type(&info), &data),
-                    pasid_width: info.out_max_pasid_log2.into(),
-                    dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
-                    is_physical: true,
-                })
-            }
-            // The id is not of a device for which the iommufd has an IOMMU, but of a mediated one.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Self {
-                registers: Registers::Unknown,
-                pasid_width: 0,
-                dirty_tracking: false,
-                is_physical: false,
-            }),
-            Err(error) => Err(refusal::hardware(error)),
+        if device.is_mediated() {
+            let registers = Registers::Unknown;
+            return Ok(Self { registers, pasid_width: 0, dirty_tracking: false, is_physical: false });
         }
+        let mut data = [0; Registers::MAX_LEN];
+        let info = calls::hw_info(ioas.fd(), device.id(), &mut data).map_err(refusal::hardware)?;
+        let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
+        Ok(Self {
+            registers: Registers::new(calls::hw_info_type(&info), &data),
+            pasid_width: info.out_max_pasid_log2.into(),
+            dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
+            is_physical: true,
+        })
     }
 }
 
