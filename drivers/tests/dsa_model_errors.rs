@@ -623,7 +623,7 @@ proptest! {
                 Touch::Reset => rig.device.reset().unwrap(),
                 Touch::Step => { rig.device.step(); }
             }
-            prop_assert!(rig.device.engine_failure().is_none(), "{:?}", rig.device.engine_failure());
+            prop_assert!(rig.device.failure().is_none(), "{:?}", rig.device.failure());
         }
         // Whatever was done to it, it comes back.
         rig.device.set_bus_master(true).unwrap();

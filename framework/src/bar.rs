@@ -1,11 +1,10 @@
 //! A BAR: the registers, doorbells or memory that a PCI function shows, whatever stands behind them.
 //!
 //! # Why this module is unsafe, and what makes it sound
-//! Real registers are reached through a raw pointer into a mapping of the device, and a descriptor is posted with an
-//! instruction that has no intrinsic. The invariant: [`Bar::from_mmio`]'s caller vouches for `len` bytes at the
-//! pointer for as long as `keep` lives, every [`Bar`] over them holds `keep`, and `Bar::at` is the only way to
-//! an offset: it lets nothing through that is misaligned or does not end inside the window. No reference to MMIO is
-//! ever made.
+//! Real registers are reached through raw pointers into mappings of the device ([`mmio`] has what is done with them).
+//! The invariant: whoever makes an [`Area`] vouches for its bytes as long as it lives, every [`Bar`] over them holds it,
+//! and `Bar::at` is the only way to an offset: it lets nothing through that is misaligned or does not end inside the
+//! window. No reference to MMIO is ever made.
 //!
 //! # Ordering
 //! Writes come after everything that this thread did before, and reads before everything that it does after: what a
@@ -13,16 +12,21 @@
 //! CPU: uncached accesses are reordered neither with each other nor with earlier stores (Intel SDM vol. 3A, "Memory
 //! Ordering").
 
+mod mmio;
+
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use underpass_iommu::{Error, ErrorKind, Result};
 
+pub(crate) use mmio::Area;
+use mmio::cpu_has_movdir64b;
+
 use crate::model::{Doorbell, Width};
-use crate::pci::Function;
+use crate::pci::Registers;
 
 /// A BAR, or a [`window`](Self::window) of one. Clones show the same registers.
 ///
@@ -40,22 +44,17 @@ pub struct Bar {
 /// What is behind a BAR.
 #[derive(Clone)]
 enum Target {
-    /// A mapping of the device.
-    Mmio { base: NonNull<u8>, can_post: bool, _keep: Arc<dyn Any + Send + Sync> },
+    /// A mapping of the device, whole: it starts where the target does, and ends where the window does or later.
+    Mmio { area: Area, can_post: bool },
+    /// A real device of which only parts are mapped; the rest takes a call each.
+    Parts { areas: Arc<[Area]>, can_post: bool, bar: usize, rest: Arc<dyn Registers> },
     /// Registers that take a call each.
-    Registers { bar: usize, function: Arc<dyn Function> },
+    Registers { bar: usize, function: Arc<dyn Registers> },
     /// A model's doorbells and portals: page n is `targets[n]`.
     Doorbells { shift: u32, targets: Arc<[Arc<dyn Doorbell>]> },
     /// Memory, which the model or a test reads through another clone.
     Memory(Arc<[AtomicU64]>),
 }
-
-// SAFETY: the pointer of a Mmio target is to device registers, which any thread may access (from_mmio's contract);
-// everything else in a Bar is Send by its type.
-unsafe impl Send for Bar {}
-// SAFETY: likewise: a Bar has no state of its own, and volatile accesses from several threads are the device's to
-// order.
-unsafe impl Sync for Bar {}
 
 impl Bar {
     /// Zeroed plain memory of `len` bytes in place of a device, for shared-memory BARs and tests. `len` is rounded up
@@ -79,12 +78,30 @@ impl Bar {
     /// reference to them. They may be accessed from any thread.
     pub unsafe fn from_mmio(ptr: NonNull<u8>, len: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
         assert!(ptr.addr().get().is_multiple_of(64), "MMIO at {ptr:?} is not aligned to 64 bytes");
-        let target = Target::Mmio { base: ptr, can_post: cpu_has_movdir64b(), _keep: keep };
+        // SAFETY: the caller's.
+        let area = unsafe { Area::new(0, ptr, len, keep) };
+        let target = Target::Mmio { area, can_post: cpu_has_movdir64b() };
         Self { target, start: 0, len, name: "MMIO".into() }
     }
 
+    /// `bar` of a real device: `areas` of it, aligned to 64 bytes, are mapped, and the rest takes a call each.
+    pub(crate) fn device(areas: Vec<Area>, rest: Arc<dyn Registers>, bar: usize, len: u64) -> Self {
+        let can_post = cpu_has_movdir64b();
+        let target = Target::Parts { areas: areas.into(), can_post, bar, rest };
+        let whole = Self { target, start: 0, len, name: "MMIO".into() };
+        whole.narrowed()
+    }
+
+    /// The same, but straight to the mapping if that has the whole window.
+    fn narrowed(self) -> Self {
+        let Target::Parts { areas, can_post, .. } = &self.target else { return self };
+        let Some(area) = areas.iter().find(|area| area.holds(self.start, self.len)) else { return self };
+        let target = Target::Mmio { area: area.clone(), can_post: *can_post };
+        Self { start: self.start - area.start(), target, ..self }
+    }
+
     /// Registers that are a call each, of `bar` of `function`.
-    pub(crate) fn registers(function: Arc<dyn Function>, bar: usize, len: u64) -> Self {
+    pub(crate) fn registers(function: Arc<dyn Registers>, bar: usize, len: u64) -> Self {
         Self { target: Target::Registers { bar, function }, start: 0, len, name: "registers".into() }
     }
 
@@ -117,7 +134,7 @@ impl Bar {
             )
             .mend("reset the device; if it stays so, it is broken or not what its ids say"));
         }
-        Ok(Self { start: self.start + offset, len, ..self.clone() })
+        Ok(Self { start: self.start + offset, len, ..self.clone() }.narrowed())
     }
 
     /// Reads 8 bits. See [`read64`](Self::read64).
@@ -177,7 +194,7 @@ impl Bar {
     /// Whether [`post64`](Self::post64) works here: ask once, before the first.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for the registers of a real device on a CPU without MOVDIR64B.
+    /// [`ErrorKind::Unsupported`] for the registers of a real device on a CPU without MOVDIR64B, or that are not mapped.
     pub fn can_post64(&self) -> Result<()> {
         match self.target {
             Target::Mmio { can_post: false, .. } => Err(Error::new(
@@ -186,6 +203,12 @@ impl Bar {
                 "this CPU has no MOVDIR64B instruction (CPUID leaf 7, ECX bit 28)",
             )
             .mend("use a CPU that has it (Intel Sapphire Rapids or later), or a software device: soft:dsa")),
+            Target::Parts { .. } => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("post descriptors to {}", self.name),
+                "these registers are reached by system calls, of 8 bytes at most",
+            )
+            .mend("give the kernel's own driver the device, or a software device: soft:dsa")),
             _ => Ok(()),
         }
     }
@@ -215,14 +238,13 @@ impl Bar {
                     target.post64(at & ((1 << shift) - 1), data);
                 }
             }
-            Target::Mmio { base, can_post, .. } => {
+            Target::Mmio { area, can_post } => {
                 assert!(*can_post, "post64 on {} without can_post64", self.name);
-                // SAFETY: at() checked that all 64 bytes lie inside the mapping.
-                let to = unsafe { base.add(at as usize) };
-                // SAFETY: `to` is 64 mapped bytes (just above), aligned to 64 because both the base (from_mmio) and
-                // `at` are; the CPU has the instruction (can_post).
-                unsafe { movdir64b(to, data) };
+                // SAFETY: at() checked that all 64 bytes lie inside the mapping, aligned; the CPU has the instruction
+                // (can_post).
+                unsafe { area.post64(at, data) };
             }
+            Target::Parts { .. } => panic!("post64 on {} without can_post64", self.name),
             Target::Registers { bar, function } => {
                 for n in 0..8 {
                     function.write(*bar, at + n as u64 * 8, Width::Bits64, nth_word(data, n));
@@ -252,14 +274,14 @@ impl Bar {
                 self.post64(offset, data);
                 Ok(true)
             }
-            Target::Mmio { .. } | Target::Registers { .. } => Err(self.no_enqueue()),
+            _ => Err(self.no_enqueue()),
         }
     }
 
     #[cold]
     fn no_enqueue(&self) -> Error {
         let why = match self.target {
-            Target::Mmio { .. } => {
+            Target::Mmio { .. } | Target::Parts { .. } => {
                 "user-mode ENQCMD takes its PASID from an MSR that only a kernel driver can load"
             }
             _ => "these are registers, not a submission portal",
@@ -297,14 +319,14 @@ impl Bar {
     fn read(&self, offset: u64, width: Width) -> u64 {
         let at = self.at(offset, width.bytes());
         match &self.target {
-            Target::Mmio { base, .. } => {
-                // SAFETY: at() checked that the access lies inside the mapping.
-                let from = unsafe { base.add(at as usize) };
-                // SAFETY: `from` is `width` mapped bytes (just above), aligned as the base and `at` are.
-                let value = unsafe { read_volatile(from, width) };
-                // Later loads of memory are not made before this one: what a status register announces is there.
-                fence(Ordering::Acquire);
-                value
+            // SAFETY: at() checked that the access lies inside the mapping, aligned.
+            Target::Mmio { area, .. } => unsafe { area.read(at, width) },
+            Target::Parts { areas, bar, rest, .. } => {
+                match areas.iter().find(|area| area.holds(at, width.bytes())) {
+                    // SAFETY: the area holds all of the access, which at() checked to be aligned.
+                    Some(area) => unsafe { area.read(at, width) },
+                    None => rest.read(*bar, at, width) & ones(width),
+                }
             }
             Target::Memory(words) => {
                 let word = words[(at / 8) as usize].load(Ordering::Acquire);
@@ -319,13 +341,14 @@ impl Bar {
     fn write(&self, offset: u64, width: Width, value: u64) {
         let at = self.at(offset, width.bytes());
         match &self.target {
-            Target::Mmio { base, .. } => {
-                // Earlier stores to memory are made before this one: what a doorbell announces is there.
-                fence(Ordering::Release);
-                // SAFETY: at() checked that the access lies inside the mapping.
-                let to = unsafe { base.add(at as usize) };
-                // SAFETY: `to` is `width` mapped bytes (just above), aligned as the base and `at` are.
-                unsafe { write_volatile(to, width, value) };
+            // SAFETY: at() checked that the access lies inside the mapping, aligned.
+            Target::Mmio { area, .. } => unsafe { area.write(at, width, value) },
+            Target::Parts { areas, bar, rest, .. } => {
+                match areas.iter().find(|area| area.holds(at, width.bytes())) {
+                    // SAFETY: the area holds all of the access, which at() checked to be aligned.
+                    Some(area) => unsafe { area.write(at, width, value) },
+                    None => rest.write(*bar, at, width, value),
+                }
             }
             Target::Memory(words) => {
                 let word = &words[(at / 8) as usize];
@@ -352,6 +375,7 @@ impl fmt::Debug for Bar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.target {
             Target::Mmio { .. } => "MMIO",
+            Target::Parts { .. } => "MMIO, in part mapped",
             Target::Registers { .. } => "registers",
             Target::Doorbells { .. } => "doorbells",
             Target::Memory(_) => "memory",
@@ -371,78 +395,6 @@ fn ones(width: Width) -> u64 {
 fn nth_word(data: &[u8; 64], n: usize) -> u64 {
     let (words, _) = data.as_chunks::<8>();
     u64::from_le_bytes(words[n])
-}
-
-/// # Safety
-/// `from` must point to a mapped register of `width`, aligned to it.
-#[inline]
-unsafe fn read_volatile(from: NonNull<u8>, width: Width) -> u64 {
-    match width {
-        // SAFETY: the caller's.
-        Width::Bits8 => unsafe { from.read_volatile() }.into(),
-        // SAFETY: the caller's.
-        Width::Bits16 => unsafe { from.cast::<u16>().read_volatile() }.into(),
-        // SAFETY: the caller's.
-        Width::Bits32 => unsafe { from.cast::<u32>().read_volatile() }.into(),
-        // SAFETY: the caller's.
-        Width::Bits64 => unsafe { from.cast::<u64>().read_volatile() },
-    }
-}
-
-/// # Safety
-/// `to` must point to a mapped register of `width`, aligned to it.
-#[inline]
-unsafe fn write_volatile(to: NonNull<u8>, width: Width, value: u64) {
-    match width {
-        // SAFETY: the caller's.
-        Width::Bits8 => unsafe { to.write_volatile(value as u8) },
-        // SAFETY: the caller's.
-        Width::Bits16 => unsafe { to.cast::<u16>().write_volatile(value as u16) },
-        // SAFETY: the caller's.
-        Width::Bits32 => unsafe { to.cast::<u32>().write_volatile(value as u32) },
-        // SAFETY: the caller's.
-        Width::Bits64 => unsafe { to.cast::<u64>().write_volatile(value) },
-    }
-}
-
-/// Whether the CPU has MOVDIR64B: CPUID leaf 7, subleaf 0, ECX bit 28 (Intel SDM vol. 2, CPUID).
-#[cfg(target_arch = "x86_64")]
-fn cpu_has_movdir64b() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ecx & 1 << 28 != 0
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn cpu_has_movdir64b() -> bool {
-    false
-}
-
-/// Stores 64 bytes as one write, after all earlier stores.
-///
-/// # Safety
-/// `to` must be 64 mapped bytes, aligned to 64, and the CPU must have MOVDIR64B.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-unsafe fn movdir64b(to: NonNull<u8>, data: &[u8; 64]) {
-    // The store is weakly ordered: without the fence it could overtake the stores that filled the buffers which the
-    // descriptor names (Intel SDM vol. 2, MOVDIR64B).
-    // SAFETY: the caller's; the instructions read `data`, write `to` and touch neither stack nor flags.
-    unsafe {
-        std::arch::asm!(
-            "sfence",
-            "movdir64b {to}, [{from}]",
-            to = in(reg) to.as_ptr(),
-            from = in(reg) data.as_ptr(),
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// # Safety
-/// None to keep: `can_post` is false on this architecture, so it is never called.
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn movdir64b(_to: NonNull<u8>, _data: &[u8; 64]) {
-    unreachable!("post64 on MMIO needs MOVDIR64B, an x86-64 instruction")
 }
 
 #[cfg(test)]

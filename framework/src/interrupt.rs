@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -12,16 +12,32 @@ use underpass_iommu::{Error, Result};
 /// One interrupt vector, for the driver. Signals add up until [`drain`](Self::drain) takes them all.
 ///
 /// The order that loses nothing is: wait, drain, then look at the queue.
+///
+/// A device without message-signalled interrupts has one vector, its line, which is shared with other devices and stays
+/// asserted until its driver has seen to the device's cause: it is masked at each signal and unmasked by
+/// [`drain`](Self::drain), so that a cause which is still there signals again.
 #[derive(Debug)]
 pub struct Interrupt {
     fd: Arc<OwnedFd>,
+    line: Option<Weak<dyn Line>>,
+}
+
+/// A line interrupt, as the kernel has it: masked when it is signalled.
+pub(crate) trait Line: Send + Sync + fmt::Debug {
+    /// Lets the device signal again.
+    fn unmask(&self);
 }
 
 impl Interrupt {
     pub(crate) fn new() -> Result<Self> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::os("create an interrupt", "eventfd was refused", errno))?;
-        Ok(Self { fd: Arc::new(fd) })
+        Ok(Self { fd: Arc::new(fd), line: None })
+    }
+
+    /// The same for a line. Nobody unmasks it any more once `line` is gone.
+    pub(crate) fn of_line(self, line: Weak<dyn Line>) -> Self {
+        Self { line: Some(line), ..self }
     }
 
     /// Sleeps until the vector is signalled (true) or `timeout` is over (false); `None` waits without end. The
@@ -39,11 +55,19 @@ impl Interrupt {
         }
     }
 
+    pub(crate) fn signal(&self) {
+        signal(&self.fd);
+    }
+
     /// Takes all signals and returns whether there were any. Never waits.
     #[allow(clippy::must_use_candidate, reason = "called to clear the signal, too")]
     pub fn drain(&self) -> bool {
         // The only failure that an eventfd's read has left is EAGAIN: not signalled.
-        rustix::io::read(&*self.fd, &mut [0; 8]).is_ok()
+        let signalled = rustix::io::read(&*self.fd, &mut [0; 8]).is_ok();
+        if let Some(line) = self.line.as_ref().filter(|_| signalled).and_then(Weak::upgrade) {
+            line.unmask();
+        }
+        signalled
     }
 }
 
@@ -51,6 +75,11 @@ impl AsFd for Interrupt {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+fn signal(fd: &OwnedFd) {
+    // EAGAIN: 2^64 - 2 signals are there already, so it is signalled.
+    let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
 }
 
 /// A model's way to its vectors. Clones signal the same ones.
@@ -61,8 +90,7 @@ impl Interrupts {
     /// Signals `vector`. Nothing happens where the driver has not asked for it.
     pub fn trigger(&self, vector: usize) {
         if let Some(fd) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(vector) {
-            // EAGAIN: 2^64 - 2 signals are there already, so it is signalled.
-            let _ = rustix::io::write(&**fd, &1_u64.to_ne_bytes());
+            signal(fd);
         }
     }
 

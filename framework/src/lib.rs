@@ -10,10 +10,11 @@
 //! - [`ring`]: bounded queues between threads, without locks.
 //! - [`worker`]: pinned threads that poll, their counters and how they idle.
 //! - [`tap`]: an interface of the kernel's network stack, as frames.
-//! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over a software model of it.
+//! - [`pci`], [`bar`], [`interrupt`]: what a driver needs of its device, over the kernel's VFIO ([`vfio`]) or a software
+//!   model of it.
 //! - [`model`]: what such a model implements.
 //!
-//! `unsafe` lives in [`bar`] (MMIO), [`dma`] (memory that a device shares), [`ring`] (memory that threads share), [`pool`] and
+//! `unsafe` lives in [`bar`] (MMIO), [`vfio`] (requests to the kernel, and registers mapped), [`dma`] (memory that a device shares), [`ring`] (memory that threads share), [`pool`] and
 //! `packet` (owned pointers into memory of pools), and [`tap`] (one system call); each of them starts with what makes it
 //! sound.
 
@@ -29,6 +30,7 @@ pub mod pci;
 pub mod pool;
 pub mod ring;
 pub mod tap;
+pub mod vfio;
 pub mod worker;
 
 pub use burst::Burst;

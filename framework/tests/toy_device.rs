@@ -408,10 +408,10 @@ fn an_engine_that_panics_is_reported_and_the_rest_goes_on() {
         let device = open(run);
         device.set_bus_master(true).unwrap();
         let (bad, good) = (Queue::new(&device, 0), Queue::new(&device, 1));
-        assert!(device.engine_failure().is_none());
+        assert!(device.failure().is_none());
         bad.portal.post64(0, &descriptor(1, Iova::new(0), Iova::new(0), 0, POISON));
-        until(&device, || device.engine_failure().is_some());
-        let text = device.engine_failure().unwrap().to_string();
+        until(&device, || device.failure().is_some());
+        let text = device.failure().unwrap().to_string();
         assert!(text.contains("soft:toy") && text.contains("poisoned descriptor"), "{text}");
         good.portal.post64(0, &good.copy());
         until(&device, || good.status() == 1);

@@ -6,7 +6,7 @@ use std::fmt;
 use std::iter;
 use std::sync::Arc;
 
-use super::{Function, command};
+use super::{Registers, cap, command};
 use crate::model::Width;
 
 /// Bytes of a PCI Express function's configuration space.
@@ -14,7 +14,7 @@ pub const CONFIG_LEN: u16 = 4096;
 
 const VENDOR_ID: u16 = 0x00;
 const DEVICE_ID: u16 = 0x02;
-const COMMAND: u16 = 0x04;
+pub(crate) const COMMAND: u16 = 0x04;
 const STATUS: u16 = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const REVISION_AND_CLASS: u16 = 0x08;
@@ -28,15 +28,21 @@ const EXTENDED: u16 = 0x100;
 /// is not there does, and is not written.
 ///
 /// Of the standard header only the command and status registers can be written, and memory decoding stays on
-/// whatever is written there: BARs are in use as long as the device is open. Both are logged as the driver's bug.
+/// whatever is written there: BARs are in use as long as the device is open. For the same reason the function stays
+/// awake, in power state D0. All of this is logged as the driver's bug. (A kernel that hands out a device answers an access
+/// to the BARs of one that is off or asleep with SIGBUS.)
 #[derive(Clone)]
 pub struct Config {
-    function: Arc<dyn Function>,
+    function: Arc<dyn Registers>,
+    /// Where the power management control register is (PMCSR; 7.5.2.2), if there is one.
+    power: Option<u16>,
 }
 
 impl Config {
-    pub(crate) fn new(function: Arc<dyn Function>) -> Self {
-        Self { function }
+    pub(crate) fn new(function: Arc<dyn Registers>) -> Self {
+        let mut this = Self { function, power: None };
+        this.power = this.capability(cap::POWER_MANAGEMENT).map(|at| at + 4);
+        this
     }
 
     /// Reads 8 bits.
@@ -94,6 +100,14 @@ impl Config {
         self.write16(COMMAND, if on { others | command::BUS_MASTER } else { others });
     }
 
+    /// Switches memory decoding on: what is to be done before BARs are used.
+    pub(crate) fn enable_memory(&self) {
+        let now = self.read16(COMMAND);
+        if now & command::MEMORY == 0 {
+            self.write16(COMMAND, now | command::MEMORY);
+        }
+    }
+
     /// The capabilities, as (id, offset). Ends at a pointer that leads out of the space or back.
     pub fn capabilities(&self) -> impl Iterator<Item = (u8, u16)> {
         capabilities(|offset| self.read32(offset))
@@ -130,6 +144,14 @@ impl Config {
         if offset == COMMAND && value & memory == 0 {
             tracing::error!("memory decoding stays on while the device is open");
             return self.function.write_config(offset, width, value | memory);
+        }
+        // Where the power state's two bits are in the value.
+        let state =
+            self.power.and_then(|at| at.checked_sub(offset)).filter(|at| u64::from(*at) < width.bytes());
+        let state = state.map_or(0, |at| 3 << (8 * at));
+        if value & state != 0 {
+            tracing::error!("the function stays in power state D0 while the device is open");
+            return self.function.write_config(offset, width, value & !state);
         }
         self.function.write_config(offset, width, value);
     }

@@ -3,12 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
-use underpass_iommu::soft::{Bus, SoftDevice};
-use underpass_iommu::{Attachable, Error, ErrorKind, Result};
+use underpass_iommu::soft::{Bus, SoftDevice, SoftIommu};
+use underpass_iommu::{Attachable, AttachableKind, Error, ErrorKind, Fault, IommuBackend, Result};
 
-use super::{ConfigSpace, Function, Run};
+use super::{ConfigSpace, Function, Registers, Run, too_few_vectors};
 use crate::bar::Bar;
-use crate::interrupt::Interrupts;
+use crate::interrupt::{Interrupt, Interrupts};
 use crate::model::{BarKind, BarSpec, Engine, Host, Model, Width};
 use crate::worker::{Idle, Work, Worker, WorkerConfig, panic_message};
 
@@ -33,85 +33,59 @@ impl Host for ModelHost {
 }
 
 /// The register side, shared by the device, its configuration space and its BARs.
-pub(super) struct InProcess {
-    name: String,
-    registers: Mutex<Registers>,
+pub(crate) struct InProcess {
+    soft: Arc<SoftDevice>,
+    iommu: SoftIommu,
+    /// The threads of the engines that have some.
+    engines: Mutex<Vec<Worker>>,
+    state: Mutex<State>,
     vectors: usize,
     interrupts: Interrupts,
     /// Those without threads, each behind a lock of its own; `None` after it panicked.
     stepped: Vec<Mutex<Option<Box<dyn Engine>>>>,
-    /// Whether drivers lend them their own time.
-    inline: bool,
     engine_failure: OnceLock<Error>,
 }
 
-struct Registers {
+struct State {
     model: Box<dyn Model>,
     config: ConfigSpace,
 }
-
-/// The threads of the engines that have some.
-#[derive(Debug)]
-pub(super) struct Engines(Vec<Worker>);
 
 impl InProcess {
     /// Starts the model, and its engines as `run` says.
     pub(super) fn start(
         mut model: Box<dyn Model>,
-        soft: &Arc<SoftDevice>,
+        name: &str,
+        iommu: &SoftIommu,
         run: Run,
-    ) -> Result<(Arc<Self>, Engines)> {
+    ) -> Result<Arc<Self>> {
+        let soft = iommu.device(name);
         let mut config = model.config_space();
         config.enable_memory();
         model.config_written(&config);
         let interrupts = Interrupts::default();
-        let host = ModelHost { soft: Arc::clone(soft), interrupts: interrupts.clone() };
+        let host = ModelHost { soft: Arc::clone(&soft), interrupts: interrupts.clone() };
         let engines = model.start(Arc::new(host));
-        let inline = run == Run::Inline;
         let (workers, stepped) = match run {
             Run::Stepped | Run::Inline => (Vec::new(), engines),
             Run::Threads { cores } => (spawn(soft.name(), engines, &cores)?, Vec::new()),
         };
-        let function = Self {
-            name: soft.name().to_owned(),
+        Ok(Arc::new(Self {
+            engines: Mutex::new(workers),
+            iommu: iommu.clone(),
+            soft,
             vectors: model.vectors(),
-            registers: Mutex::new(Registers { model, config }),
+            state: Mutex::new(State { model, config }),
             interrupts,
             stepped: stepped.into_iter().map(|engine| Mutex::new(Some(engine))).collect(),
-            inline,
             engine_failure: OnceLock::new(),
-        };
-        Ok((Arc::new(function), Engines(workers)))
+        }))
     }
 
-    pub(super) fn vectors(&self) -> usize {
-        self.vectors
-    }
-
-    pub(super) fn interrupts(&self) -> &Interrupts {
-        &self.interrupts
-    }
-
-    pub(super) fn engine_failure(&self) -> Option<Error> {
-        self.engine_failure.get().cloned()
-    }
-
-    pub(super) fn reset(&self) {
-        let Registers { model, config } = &mut *self.registers();
-        model.reset();
-        // What the host keeps over a reset, as the kernel does.
-        model.config_written(config);
-    }
-
-    /// Steps each engine once, except those that another thread steps at this moment.
-    pub(super) fn step(&self) -> bool {
-        self.stepped.iter().fold(false, |worked, engine| self.step_one(engine) | worked)
-    }
-
-    /// Steps engine `n`, modulo their number, if drivers are to.
+    /// Steps engine `n`, modulo their number, if there are any.
     #[inline]
     pub(super) fn lend(&self, n: usize) -> bool {
-        let lent = self.inline && !self.stepped.is_empty();
+        let lent = !self.stepped.is_empty();
         if lent {
             self.step_one(&self.stepped[n % self.stepped.len()]);
         }
@@ -136,62 +110,105 @@ impl InProcess {
         })
     }
 
-    /// Ends the stepped engines: waits for a step in progress, and there is no other.
-    pub(super) fn stop(&self) {
-        for engine in &self.stepped {
-            drop(engine.lock().unwrap_or_else(PoisonError::into_inner).take());
-        }
+    fn workers(&self) -> MutexGuard<'_, Vec<Worker>> {
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn engine_panicked(&self, message: &str) -> Error {
         Error::new(ErrorKind::Gone, "run an engine", format!("it panicked: {message}"))
-            .device(self.name.clone())
+            .device(self.soft.name().to_owned())
             .mend("drop the device and open it again; the panic is a bug of its model")
     }
 
     /// A panic in the model went to whoever made that access; the next access still gets an answer.
-    fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Function for InProcess {
+impl Registers for InProcess {
     fn read(&self, bar: usize, offset: u64, width: Width) -> u64 {
-        let value = self.registers().model.read(bar, offset, width);
+        let value = self.state().model.read(bar, offset, width);
         // After the lock is released: a reader that polls makes progress with engines that have no threads.
         self.step();
         value
     }
 
     fn write(&self, bar: usize, offset: u64, width: Width, value: u64) {
-        self.registers().model.write(bar, offset, width, value);
+        self.state().model.write(bar, offset, width, value);
     }
 
     fn read_config(&self, offset: u16, width: Width) -> u32 {
-        self.registers().config.read(offset, width) as u32
+        self.state().config.read(offset, width) as u32
     }
 
     fn write_config(&self, offset: u16, width: Width, value: u32) {
-        let Registers { model, config } = &mut *self.registers();
+        let State { model, config } = &mut *self.state();
         config.write(offset, width, value.into());
         model.config_written(config);
     }
 }
 
-impl Engines {
-    pub(super) fn cores(&self) -> Vec<Option<usize>> {
-        self.0.iter().map(Worker::core).collect()
+impl Function for InProcess {
+    fn name(&self) -> &str {
+        self.soft.name()
     }
 
-    /// The first panic of one of them. The worker's name says which device it was.
-    pub(super) fn failure(&self) -> Option<Error> {
-        self.0.iter().find_map(Worker::failure)
+    fn kind(&self) -> AttachableKind<'_> {
+        AttachableKind::Soft(&self.soft)
     }
 
-    /// Stops all of them before joining any.
-    pub(super) fn stop(&mut self) {
-        self.0.iter().for_each(Worker::stop);
-        self.0.clear();
+    fn iommu(&self) -> &dyn IommuBackend {
+        &self.iommu
+    }
+
+    fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {
+        if count > self.vectors {
+            return Err(too_few_vectors(count, self.vectors).device(self.name().to_owned()));
+        }
+        let interrupts = (0..count).map(|_| Interrupt::new()).collect::<Result<Vec<_>>>()?;
+        self.interrupts.set(&interrupts);
+        Ok(interrupts)
+    }
+
+    fn reset(&self) -> Result<()> {
+        let State { model, config } = &mut *self.state();
+        model.reset();
+        // What the host keeps over a reset, as the kernel does.
+        model.config_written(config);
+        Ok(())
+    }
+
+    /// No engine does DMA when the model is dropped.
+    fn stop(&self) {
+        let mut workers = self.workers();
+        // All of them before joining any.
+        workers.iter().for_each(Worker::stop);
+        workers.clear();
+        for engine in &self.stepped {
+            // Waits for a step in progress, and there is no other.
+            drop(engine.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+
+    fn next_fault(&self) -> Option<Fault> {
+        self.soft.faults().pop()
+    }
+
+    fn engine_cores(&self) -> Vec<Option<usize>> {
+        self.workers().iter().map(Worker::core).collect()
+    }
+
+    /// The first panic of one of them. A worker's name says which device it was.
+    fn failure(&self) -> Option<Error> {
+        let failure = self.workers().iter().find_map(Worker::failure);
+        let failure = failure.or_else(|| self.engine_failure.get().cloned());
+        failure.map(|error| error.device(self.name().to_owned()))
+    }
+
+    /// Steps each engine once, except those that another thread steps at this moment.
+    fn step(&self) -> bool {
+        self.stepped.iter().fold(false, |worked, engine| self.step_one(engine) | worked)
     }
 }
 
@@ -223,7 +240,7 @@ pub(super) fn bar(function: &Arc<InProcess>, spec: BarSpec) -> Result<Bar> {
         return wrong("its length is no power of two from 64 up");
     }
     match kind {
-        BarKind::Registers => Ok(Bar::registers(Arc::clone(function) as Arc<dyn Function>, index, len)),
+        BarKind::Registers => Ok(Bar::registers(Arc::clone(function) as Arc<dyn Registers>, index, len)),
         BarKind::Doorbells { page, targets } => {
             if !page.is_power_of_two() || page < 64 || targets.len() as u64 > len / page {
                 return wrong("its doorbell pages are no power of two from 64 up, or do not fit");

@@ -3,21 +3,26 @@
 //! [`PciDevice`] is one type whatever the function is: a driver is not generic over it and can not tell a model in this
 //! process from anything else. What is under it speaks through one small trait.
 
+mod address;
 mod config;
+pub mod host;
 mod in_process;
 
 use std::fmt;
 use std::sync::Arc;
 
-use underpass_iommu::soft::{SoftDevice, SoftIommu};
+use underpass_iommu::soft::SoftIommu;
 use underpass_iommu::{Attachable, AttachableKind, Error, ErrorKind, Fault, IommuBackend, Result};
 
+pub use address::PciAddress;
+pub(crate) use config::COMMAND;
 pub use config::{CONFIG_LEN, Config, ConfigSpace};
 
 use crate::bar::Bar;
 use crate::interrupt::Interrupt;
 use crate::model::{Model, Width};
-use in_process::{Engines, InProcess};
+use crate::vfio;
+use in_process::InProcess;
 
 /// Bits of the command register (PCI Express Base Specification 6.0, 7.5.1.1.3).
 pub mod command {
@@ -51,8 +56,8 @@ pub mod ext_cap {
     pub const PASID: u16 = 0x1b;
 }
 
-/// What is behind a [`PciDevice`], its [`Config`] and the register BARs: accesses that are a call each.
-pub(crate) trait Function: Send + Sync {
+/// Accesses to a function that are a call each: what its [`Config`] and its BARs are over.
+pub(crate) trait Registers: Send + Sync {
     /// Reads a register. `offset` is inside the BAR and a multiple of the width.
     fn read(&self, bar: usize, offset: u64, width: Width) -> u64;
     /// Writes a register, likewise.
@@ -61,6 +66,46 @@ pub(crate) trait Function: Send + Sync {
     fn read_config(&self, offset: u16, width: Width) -> u32;
     /// Writes configuration space, inside it.
     fn write_config(&self, offset: u16, width: Width, value: u32);
+}
+
+/// What is behind a [`PciDevice`].
+pub(crate) trait Function: Registers {
+    /// The device's name, for messages.
+    fn name(&self) -> &str;
+    /// What is attached to an address space.
+    fn kind(&self) -> AttachableKind<'_>;
+    /// The IOMMU that it is behind.
+    fn iommu(&self) -> &dyn IommuBackend;
+    /// See [`PciDevice::interrupts`].
+    fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>>;
+    /// See [`PciDevice::reset`].
+    fn reset(&self) -> Result<()>;
+    /// Ends the device's interrupts and DMA: its owner is done with it. Accesses still get an answer.
+    fn stop(&self);
+    /// See [`PciDevice::is_gone`].
+    fn is_gone(&self) -> bool {
+        false
+    }
+    /// See [`PciDevice::next_fault`].
+    fn next_fault(&self) -> Option<Fault> {
+        None
+    }
+    /// See [`PciDevice::numa_node`].
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+    /// See [`PciDevice::engine_cores`].
+    fn engine_cores(&self) -> Vec<Option<usize>> {
+        Vec::new()
+    }
+    /// See [`PciDevice::failure`].
+    fn failure(&self) -> Option<Error> {
+        None
+    }
+    /// See [`PciDevice::step`].
+    fn step(&self) -> bool {
+        false
+    }
 }
 
 /// Who runs a software device's engines.
@@ -84,12 +129,12 @@ pub enum Run {
 /// Dropping it ends the device's DMA: engine threads are stopped and joined. [`Bar`]s taken from it stay valid, but
 /// nothing works behind them any more.
 pub struct PciDevice {
-    engines: Engines,
-    function: Arc<InProcess>,
-    config: Config,
+    // Unmapped before what they belong to is closed.
     bars: Vec<(usize, Bar)>,
-    soft: Arc<SoftDevice>,
-    iommu: SoftIommu,
+    function: Arc<dyn Function>,
+    /// The same, if drivers lend its engines their time: on the data path this is one branch.
+    inline: Option<Arc<InProcess>>,
+    config: Config,
 }
 
 impl PciDevice {
@@ -99,22 +144,64 @@ impl PciDevice {
     /// [`ErrorKind::NotFound`] for a core that does not exist; [`ErrorKind::InvalidInput`] for a model whose BARs make
     /// no sense; the operating system's refusal to start a thread.
     pub fn in_process(name: &str, model: Box<dyn Model>, iommu: &SoftIommu, run: Run) -> Result<Self> {
-        let soft = iommu.device(name);
         let specs = model.bars();
-        let (function, engines) = InProcess::start(model, &soft, run)?;
-        let mut bars = Vec::with_capacity(specs.len());
-        for spec in specs {
-            let index = spec.index;
-            let bar = in_process::bar(&function, spec).map_err(|error| error.device(name.to_owned()))?;
-            bars.push((index, bar.named(format!("BAR {index} of {name}"))));
-        }
-        let config = Config::new(Arc::clone(&function) as Arc<dyn Function>);
-        Ok(Self { engines, function, config, bars, soft, iommu: iommu.clone() })
+        let inline = run == Run::Inline;
+        let function = InProcess::start(model, name, iommu, run)?;
+        let bars = specs
+            .into_iter()
+            .map(|spec| Ok((spec.index, in_process::bar(&function, spec)?)))
+            .collect::<Result<_>>()
+            .map_err(|error| error.device(name.to_owned()));
+        let inline = inline.then(|| Arc::clone(&function));
+        // Before the error goes on: dropping the device is what stops its engines.
+        let mut this = Self::new(function, inline);
+        this.set_bars(bars?);
+        Ok(this)
     }
 
-    /// The device's name: "soft:dsa".
+    /// The PCI function at `address`, which is bound to vfio-pci. The kernel resets it; memory decoding is on, bus
+    /// mastering is not yet.
+    ///
+    /// By its character device and [`Iommufd::shared`](crate::iommu::iommufd::Iommufd::shared) where the kernel has both; else by
+    /// its group, with the type1 IOMMU interface. A device that no IOMMU holds is opened only with
+    /// [`Options::unprotected`](vfio::Options::unprotected).
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such device, or it is bound to no driver; [`ErrorKind::Busy`] if another
+    /// driver or process has it; [`ErrorKind::Permission`] if this user may not, or no IOMMU holds it;
+    /// [`ErrorKind::Unsupported`] where the kernel can not.
+    pub fn open(address: PciAddress, options: &vfio::Options) -> Result<Self> {
+        vfio::open(address, options).map(Self::over_vfio)
+    }
+
+    /// The mediated device that is `/sys/bus/mdev/devices/UUID`, likewise.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open); [`ErrorKind::InvalidInput`] if `uuid` is none.
+    pub fn open_mdev(uuid: &str, options: &vfio::Options) -> Result<Self> {
+        vfio::open_mdev(uuid, options).map(Self::over_vfio)
+    }
+
+    fn over_vfio((device, bars): (Arc<vfio::Device>, Vec<(usize, Bar)>)) -> Self {
+        let mut this = Self::new(device, None);
+        this.set_bars(bars);
+        this
+    }
+
+    fn new(function: Arc<dyn Function>, inline: Option<Arc<InProcess>>) -> Self {
+        let config = Config::new(Arc::clone(&function) as Arc<dyn Registers>);
+        Self { function, inline, config, bars: Vec::new() }
+    }
+
+    fn set_bars(&mut self, bars: Vec<(usize, Bar)>) {
+        let name = self.name();
+        let named = |(index, bar): (usize, Bar)| (index, bar.named(format!("BAR {index} of {name}")));
+        self.bars = bars.into_iter().map(named).collect();
+    }
+
+    /// The device's name: "soft:dsa", "0000:3b:00.0".
     pub fn name(&self) -> &str {
-        self.soft.name()
+        self.function.name()
     }
 
     /// Its configuration space.
@@ -136,28 +223,28 @@ impl PciDevice {
     /// Its interrupt vectors from 0 to `count` - 1, signalled from now on. Those asked for before fall silent.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if it has fewer.
+    /// [`ErrorKind::Unsupported`] if it has fewer; the kernel's refusal.
     pub fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {
-        let vectors = self.function.vectors();
-        if count > vectors {
-            return Err(self
-                .error(
-                    ErrorKind::Unsupported,
-                    format!("use {count} interrupt vectors"),
-                    format!("the device has {vectors}"),
-                )
-                .mend("use fewer queues with interrupts, or poll"));
-        }
-        let interrupts = (0..count).map(|_| Interrupt::new()).collect::<Result<Vec<_>>>()?;
-        self.function.interrupts().set(&interrupts);
-        Ok(interrupts)
+        self.function.interrupts(count)
     }
 
     /// Resets the function. Configuration space, bus mastering included, is as before: like the kernel's reset, this
     /// restores it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a device that the kernel knows no way to reset alone.
     pub fn reset(&self) -> Result<()> {
-        self.function.reset();
-        Ok(())
+        self.function.reset()
+    }
+
+    /// Whether the device is gone, or about to go: it was unplugged, the kernel asks for it back, or it had an error that
+    /// ends its use. Never false again. One relaxed load: cheap enough for a worker's loop.
+    ///
+    /// Whoever sees it stops using the device and drops it; the kernel waits for that. Until then no access fails:
+    /// registers of a device that has left read as all ones.
+    #[inline]
+    pub fn is_gone(&self) -> bool {
+        self.function.is_gone()
     }
 
     /// Lets the function do DMA, or not.
@@ -183,28 +270,27 @@ impl PciDevice {
 
     /// The IOMMU that it is behind.
     pub fn iommu(&self) -> &dyn IommuBackend {
-        &self.iommu
+        self.function.iommu()
     }
 
     /// The next access of the device that the IOMMU refused.
     pub fn next_fault(&self) -> Option<Fault> {
-        self.soft.faults().pop()
+        self.function.next_fault()
     }
 
     /// The NUMA node that it is at, if it is at one.
     pub fn numa_node(&self) -> Option<u32> {
-        None
+        self.function.numa_node()
     }
 
     /// The core that each engine thread is pinned to; `None` for one that is not. Empty when they are stepped.
     pub fn engine_cores(&self) -> Vec<Option<usize>> {
-        self.engines.cores()
+        self.function.engine_cores()
     }
 
     /// Why an engine runs no more: the device then never finishes what it was given.
-    pub fn engine_failure(&self) -> Option<Error> {
-        let failure = self.engines.failure().or_else(|| self.function.engine_failure());
-        failure.map(|error| error.device(self.name().to_owned()))
+    pub fn failure(&self) -> Option<Error> {
+        self.function.failure()
     }
 
     /// Under [`Run::Stepped`] and [`Run::Inline`], steps each engine once and returns whether any did work. Those that
@@ -219,7 +305,10 @@ impl PciDevice {
     #[inline]
     #[allow(clippy::must_use_candidate, reason = "called to lend, mostly")]
     pub fn lend(&self, queue: usize) -> bool {
-        self.function.lend(queue)
+        match &self.inline {
+            Some(function) => function.lend(queue),
+            None => false,
+        }
     }
 
     fn error(&self, kind: ErrorKind, operation: String, why: impl Into<String>) -> Error {
@@ -227,13 +316,23 @@ impl PciDevice {
     }
 }
 
+/// The refusal of more interrupt vectors than a device has.
+pub(crate) fn too_few_vectors(count: usize, vectors: usize) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("use {count} interrupt vectors"),
+        format!("the device has {vectors}"),
+    )
+    .mend("use fewer queues with interrupts, or poll")
+}
+
 impl Attachable for PciDevice {
     fn name(&self) -> &str {
-        self.soft.name()
+        self.function.name()
     }
 
     fn kind(&self) -> AttachableKind<'_> {
-        AttachableKind::Soft(&self.soft)
+        self.function.kind()
     }
 }
 
@@ -249,8 +348,7 @@ impl fmt::Debug for PciDevice {
 
 impl Drop for PciDevice {
     fn drop(&mut self) {
-        // Before any field goes: no engine does DMA when the model is dropped.
-        self.engines.stop();
+        // BARs may live on: what ends now is what the device does by itself.
         self.function.stop();
     }
 }

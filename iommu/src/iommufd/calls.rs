@@ -62,12 +62,6 @@ impl VfioFd {
         Self::sysfs_of(self.as_fd())
     }
 
-    /// Whether the device is on the kernel's bus of mediated devices.
-    pub(super) fn is_mediated(&self) -> bool {
-        let bus = self.sysfs().and_then(|folder| std::fs::read_link(folder.join("device/subsystem")));
-        bus.is_ok_and(|bus| bus.ends_with("mdev"))
-    }
-
     fn sysfs_of(fd: BorrowedFd<'_>) -> io::Result<std::path::PathBuf> {
         let stat = rustix::fs::fstat(fd)?;
         if stat.st_mode & libc::S_IFMT != libc::S_IFCHR {

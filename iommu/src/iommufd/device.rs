@@ -16,11 +16,6 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The number by which the iommufd knows it (`out_devid` of `VFIO_DEVICE_BIND_IOMMUFD`).
     fn id(&self) -> u32;
 
-    /// Whether it is a mediated one: the kernel does its DMA for it, and it has no page tables of an IOMMU's.
-    fn is_mediated(&self) -> bool {
-        false
-    }
-
     /// What it is bound to. Ids of one iommufd mean nothing to another.
     fn iommufd(&self) -> &Iommufd;
 
@@ -43,7 +38,6 @@ pub struct Cdev {
     iommufd: Iommufd,
     name: String,
     id: u32,
-    is_mediated: bool,
 }
 
 impl Cdev {
@@ -63,8 +57,7 @@ impl Cdev {
             let group = fd.sysfs().map(|folder| Group::read(&folder)).unwrap_or_default();
             refusal::bind(error, &group, vf_token.is_some()).device(name.to_owned())
         })?;
-        let is_mediated = fd.is_mediated();
-        Ok(Self { fd, iommufd: iommufd.clone(), name: name.to_owned(), id, is_mediated })
+        Ok(Self { fd, iommufd: iommufd.clone(), name: name.to_owned(), id })
     }
 
     /// The device's file descriptor, for VFIO's other requests.
@@ -80,10 +73,6 @@ impl Device for Cdev {
 
     fn id(&self) -> u32 {
         self.id
-    }
-
-    fn is_mediated(&self) -> bool {
-        self.is_mediated
     }
 
     fn iommufd(&self) -> &Iommufd {

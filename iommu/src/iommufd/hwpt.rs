@@ -23,19 +23,39 @@ pub(super) struct Hardware {
 
 impl Hardware {
     fn of(ioas: &Object, device: &dyn Device) -> Result<Self> {
-        if device.is_mediated() {
-            let registers = Registers::Unknown;
-            return Ok(Self { registers, pasid_width: 0, dirty_tracking: false, is_physical: false });
-        }
         let mut data = [0; Registers::MAX_LEN];
-        let info = calls::hw_info(ioas.fd(), device.id(), &mut data).map_err(refusal::hardware)?;
-        let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
-        Ok(Self {
-            registers: Registers::new(calls::hw_info_type(&info), &data),
-            pasid_width: info.out_max_pasid_log2.into(),
-            dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
-            is_physical: true,
-        })
+        match calls::hw_info(ioas.fd(), device.id(), &mut data) {
+            Ok(info) => {
+                let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
+                Ok(Self {
+                    registers: Registers::new(calls::hw_info_type(&info), &data),
+                    pasid_width: info.out_max_pasid_log2.into(),
+                    dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
+                    is_physical: true,
+                })
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && is_mediated(ioas, device) => {
+                Ok(Self {
+                    registers: Registers::Unknown,
+                    pasid_width: 0,
+                    dirty_tracking: false,
+                    is_physical: false,
+                })
+            }
+            Err(error) => Err(refusal::hardware(error)),
+        }
+    }
+}
+
+/// Whether the iommufd knows the device's id, but not as that of one behind an IOMMU: it makes no page table for it
+/// either.
+fn is_mediated(ioas: &Object, device: &dyn Device) -> bool {
+    match calls::hwpt_alloc(ioas.fd(), ioas.id, device.id(), 0, None) {
+        Ok(id) => {
+            drop(Object::new(&ioas.iommufd, id, "page table"));
+            false
+        }
+        Err(error) => error.raw_os_error() == Some(libc::ENOENT),
     }
 }
 
@@ -65,9 +85,13 @@ impl PageTable {
         // Where the kernel has PASIDs for the device, the RID's page table needs the flag too, or no PASID is attached
         // beside it.
         let pasid = if hardware.pasid_width != 0 { PASID } else { 0 };
-        let mut flags = vec![dirty | pasid, dirty, pasid, 0];
-        flags.dedup();
-        for (flags, with_requests) in flags.into_iter().flat_map(|flags| [(flags, true), (flags, false)]) {
+        let flags: &[u32] = if dirty == 0 || pasid == 0 {
+            &[dirty | pasid, 0]
+        } else {
+            // Not every IOMMU has both in one format of page tables.
+            &[dirty | pasid, dirty, pasid, 0]
+        };
+        for (flags, with_requests) in flags.iter().flat_map(|&flags| [(flags, true), (flags, false)]) {
             let queue = requests.as_ref().map(RequestQueue::id);
             if with_requests && queue.is_none() {
                 continue;

@@ -190,6 +190,11 @@ impl IommuBackend for Iommufd {
     }
 }
 
+/// Undoes something, and tries again if that fails: what is not undone stays, so that an error would help nobody as much.
+fn insist<T, E>(undo: impl Fn() -> Result<T, E>) -> Result<T, E> {
+    undo().or_else(|_| undo())
+}
+
 /// Something that the kernel has made in an iommufd; destroyed when dropped.
 struct Object {
     iommufd: Iommufd,
@@ -219,7 +224,7 @@ impl Drop for Object {
         if *self.kept.get_mut() {
             return;
         }
-        if let Err(error) = calls::destroy(self.fd(), self.id) {
+        if let Err(error) = insist(|| calls::destroy(self.fd(), self.id)) {
             tracing::error!("{} {} stays until {} is closed: {error}", self.what, self.id, IommuFd::PATH);
         }
     }

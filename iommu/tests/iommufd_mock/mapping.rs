@@ -234,6 +234,20 @@ fn what_does_not_fit_the_limit_of_locked_memory_is_told_with_the_number_that_wou
             let tables = devices.each_ref().map(|device| device.page_table(None).unwrap());
             assert!(tables.iter().zip(&mappings).all(|(table, mapping)| rig.maps(*table, mapping)));
             drop((mappings, attachments));
+            // Without a device nothing is pinned, but by the device that comes then.
+            let usual = set_locked_memory_limit(5 * MIB);
+            limit_locked_memory(true);
+            let mappings = [&region, &another].map(|region| map(&spaces[1], region));
+            assert_eq!(pinned_bytes(), before);
+            let refused = spaces[1].attach(&devices[0], None);
+            limit_locked_memory(false);
+            set_locked_memory_limit(usual);
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains("6 MiB"), "{text}");
+            assert_eq!((pinned_bytes(), devices[0].page_table(None)), (before, None));
+            let _attachment = spaces[1].attach(&devices[0], None).unwrap();
+            let table = devices[0].page_table(None).unwrap();
+            assert!(mappings.iter().all(|mapping| rig.maps(table, mapping)));
         });
     }
 }

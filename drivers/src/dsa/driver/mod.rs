@@ -299,7 +299,7 @@ impl Accelerator for Dsa {
 
     fn next_error(&mut self) -> Option<Error> {
         let error = self.core.next_error().or_else(|| {
-            let failure = self.core.device.engine_failure()?;
+            let failure = self.core.device.failure()?;
             (!std::mem::replace(&mut self.engine_failure_reported, true)).then_some(failure)
         })?;
         Some(error.device(self.core.device.name().to_owned()))

@@ -15,7 +15,7 @@ struct Image {
     writes: Mutex<Vec<(u16, Width, u32)>>,
 }
 
-impl Function for Image {
+impl Registers for Image {
     fn read(&self, _: usize, _: u64, _: Width) -> u64 {
         unreachable!("no BARs")
     }
@@ -33,7 +33,7 @@ impl Function for Image {
 
 fn over(space: ConfigSpace) -> (Config, Arc<Image>) {
     let image = Arc::new(Image { space: Mutex::new(Some(space)), ..Image::default() });
-    (Config::new(Arc::clone(&image) as Arc<dyn Function>), image)
+    (Config::new(Arc::clone(&image) as Arc<dyn Registers>), image)
 }
 
 fn example() -> ConfigSpace {
