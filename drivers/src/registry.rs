@@ -15,10 +15,11 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use underpass::accel::Accelerator;
+use underpass::iommu::UnprotectedDma;
 use underpass::net::{MacAddr, Port};
 use underpass::{Error, ErrorKind, Result, worker};
 
-pub use pci::PciDriver;
+pub use pci::{OPTIONS as PCI_OPTIONS, PciDriver};
 
 /// A kind of address and what opens it.
 #[derive(Debug, Clone, Copy)]
@@ -71,10 +72,11 @@ pub struct Address<'a> {
     name: &'a str,
     options: Vec<(&'a str, &'a str)>,
     core: Option<usize>,
+    unprotected: Option<&'a UnprotectedDma>,
 }
 
 impl<'a> Address<'a> {
-    fn parse(text: &'a str, core: Option<usize>) -> Result<Self> {
+    fn parse(text: &'a str, core: Option<usize>, unprotected: Option<&'a UnprotectedDma>) -> Result<Self> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
         let options = parts
@@ -84,7 +86,7 @@ impl<'a> Address<'a> {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { text, name, options, core })
+        Ok(Self { text, name, options, core, unprotected })
     }
 
     /// The whole address, as the user gave it.
@@ -126,6 +128,24 @@ impl<'a> Address<'a> {
         }
     }
 
+    /// The value of an option that is a UUID, its bytes as they are written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if it is none.
+    pub fn uuid(&self, name: &str) -> Result<Option<[u8; 16]>> {
+        let Some(value) = self.option(name) else { return Ok(None) };
+        uuid(value).map(Some).ok_or_else(|| {
+            invalid(self.text, format!("{name}={value} is no UUID"))
+                .mend(format!("{name} is written as 3ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f59"))
+        })
+    }
+
+    /// The opener's word for devices that no IOMMU holds back, if it has given that
+    /// ([`Registry::with_unprotected_dma`]).
+    pub fn unprotected_dma(&self) -> Option<&'a UnprotectedDma> {
+        self.unprotected
+    }
+
     /// The core that a software device's threads are to run on: that of the option `core`, else the opener's.
     ///
     /// # Errors
@@ -155,13 +175,17 @@ impl<'a> Address<'a> {
         }
     }
 
-    /// Refuses options that the scheme does not have, or that are given twice.
-    fn check_options(&self, scheme: &Scheme) -> Result<()> {
+    /// Refuses options that are not `known` of `what`, or that are given twice.
+    fn check_options<'b>(
+        &self,
+        what: &str,
+        known: impl Iterator<Item = &'b SchemeOption> + Clone,
+    ) -> Result<()> {
         for (at, (name, _)) in self.options.iter().enumerate() {
-            if !scheme.options.iter().any(|known| known.name == *name) {
-                let known = listed(scheme.options.iter().map(|option| option.name));
+            if !known.clone().any(|known| known.name == *name) {
+                let known = listed(known.map(|option| option.name));
                 return Err(invalid(self.text, format!("it has no option {name:?}"))
-                    .mend(format!("options of {}: {known}", scheme.name)));
+                    .mend(format!("options of {what}: {known}")));
             }
             if self.options[..at].iter().any(|(earlier, _)| earlier == name) {
                 return Err(
@@ -175,6 +199,15 @@ impl<'a> Address<'a> {
 
 fn invalid(address: &str, why: String) -> Error {
     Error::new(ErrorKind::InvalidInput, format!("open {address:?}"), why)
+}
+
+/// Five groups of hexadecimal digits (RFC 9562, section 4).
+fn uuid(text: &str) -> Option<[u8; 16]> {
+    let groups: Vec<_> = text.split('-').collect();
+    let is_right = groups.iter().map(|group| group.len()).eq([8, 4, 4, 4, 12])
+        && groups.iter().all(|group| group.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let number = u128::from_str_radix(&groups.concat(), 16).ok()?;
+    is_right.then_some(number.to_be_bytes())
 }
 
 /// The refusal of a device of this class where one of the other is wanted.
@@ -196,31 +229,17 @@ fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
-/// Whether it has the form of a PCI address: domain:bus:device.function, the domain optional.
-fn is_pci_address(name: &str) -> bool {
-    let hex = |text: &str, digits: RangeInclusive<usize>| {
-        digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-    };
-    let Some((bus, function)) = name.rsplit_once('.') else { return false };
-    let numbers: Vec<_> = bus.split(':').collect();
-    let bus_is_right = match numbers[..] {
-        [bus, device] => hex(bus, 2..=2) && hex(device, 2..=2),
-        [domain, bus, device] => hex(domain, 4..=8) && hex(bus, 2..=2) && hex(device, 2..=2),
-        _ => false,
-    };
-    bus_is_right && hex(function, 1..=1)
-}
-
 /// The addresses that can be opened, and the drivers of PCI devices.
 #[derive(Debug, Clone)]
 pub struct Registry {
     schemes: Vec<&'static Scheme>,
     drivers: Vec<&'static PciDriver>,
+    unprotected: Option<UnprotectedDma>,
 }
 
 /// The registry with all that this crate has.
 pub fn builtin() -> Registry {
-    Registry { schemes: schemes::ALL.to_vec(), drivers: pci::ALL.to_vec() }
+    Registry { schemes: schemes::ALL.to_vec(), drivers: pci::ALL.to_vec(), unprotected: None }
 }
 
 impl Registry {
@@ -240,7 +259,14 @@ impl Registry {
 
     /// The driver for PCI devices with these ids, if there is one.
     pub fn driver_for(&self, vendor: u16, device: u16) -> Option<&'static PciDriver> {
-        self.drivers.iter().rev().copied().find(|driver| driver.knows(vendor, device))
+        pci::driver_for(&self.drivers, vendor, device)
+    }
+
+    /// The registry, which also opens PCI devices that no IOMMU holds back. Without this they are refused.
+    #[must_use]
+    pub fn with_unprotected_dma(mut self, token: UnprotectedDma) -> Self {
+        self.unprotected = Some(token);
+        self
     }
 
     /// Opens the accelerator at `address`, as the user wrote it: a scheme's name, and its options after commas.
@@ -284,29 +310,20 @@ impl Registry {
 
     /// Opens a device, of one class if that is given: one of another is refused before anything is built.
     fn open_as(&self, class: Option<Class>, address: &str, core: Option<usize>) -> Result<Device> {
-        let address = Address::parse(address, core)?;
+        let address = Address::parse(address, core, self.unprotected.as_ref())?;
         if let Some(scheme) = self.schemes.iter().rev().find(|scheme| scheme.name == address.name) {
             if class.is_some_and(|class| class != scheme.class) {
                 return Err(other_class(address.text, scheme.class));
             }
-            address.check_options(scheme)?;
+            address.check_options(scheme.name, scheme.options.iter())?;
             return (scheme.open)(&address);
         }
-        if is_pci_address(address.name) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("open {:?}", address.text),
-                "PCI devices of the kernel come with a later version",
-            )
-            .mend(match class {
-                Some(Class::Accelerator) => "try a software device: soft:dsa",
-                Some(Class::Port) => "try a software device: soft:virtio-net",
-                None => "try a software device: soft:dsa, or soft:virtio-net",
-            }));
+        if let Ok(at) = address.name.parse() {
+            return pci::open(&self.drivers, class, &address, at);
         }
         let known = listed(self.schemes.iter().map(|scheme| scheme.name));
         Err(invalid(address.text, "no such kind of device is known".to_owned())
-            .mend(format!("known are: {known}")))
+            .mend(format!("known are: {known}, and PCI addresses such as 0000:3b:00.0")))
     }
 
     /// What can be opened, for help texts.
@@ -327,7 +344,10 @@ mod tests {
     fn what_is_not_known_is_refused_with_a_list_of_what_is() {
         let error = refused("dsa");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        assert_eq!(error.mend_text(), Some("known are: cpu, soft:dsa, soft:virtio-net"));
+        assert_eq!(
+            error.mend_text(),
+            Some("known are: cpu, soft:dsa, soft:virtio-net, and PCI addresses such as 0000:3b:00.0")
+        );
         assert_eq!(refused("").kind(), ErrorKind::InvalidInput);
 
         let error = refused("soft:dsa,wq=1");
@@ -369,17 +389,33 @@ mod tests {
     }
 
     #[test]
-    fn a_pci_address_is_told_to_be_one_of_a_later_version() {
-        for address in ["0000:3b:00.0", "3b:00.0", "0000:6a:01.0,mode=shared"] {
-            let error = refused(address);
-            assert_eq!(error.kind(), ErrorKind::Unsupported, "{address}");
-            assert_eq!(error.mend_text(), Some("try a software device: soft:dsa"));
+    fn a_pci_address_that_nothing_is_at_is_told_so() {
+        // The domain is higher than any that firmware or a kernel hands out.
+        for address in ["fffffff0:3b:00.0", "fffffff0:6a:01.0,vf-token=none"] {
+            assert_eq!(refused(address).kind(), ErrorKind::NotFound, "{address}");
             let error = builtin().open_port(address).map(drop).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Unsupported, "{address}");
-            assert_eq!(error.mend_text(), Some("try a software device: soft:virtio-net"));
+            assert_eq!(error.kind(), ErrorKind::NotFound, "{address}");
         }
         for address in ["0000:3b:00", "3b.0", "xyz:3b:00.0", "0000:3b:00.00", "0:0:0:0.0"] {
             assert_eq!(refused(address).kind(), ErrorKind::InvalidInput, "{address}");
+        }
+    }
+
+    #[test]
+    fn a_uuid_is_read_in_its_one_form() {
+        let bytes =
+            [0x3a, 0xc6, 0xd6, 0xc6, 0xc2, 0xb0, 0x47, 0xd5, 0xa6, 0xa4, 0x1f, 0x4e, 0x5c, 0x8f, 0x2f, 0x59];
+        assert_eq!(uuid("3ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f59"), Some(bytes));
+        assert_eq!(uuid("3AC6D6C6-C2B0-47D5-A6A4-1F4E5C8F2F59"), Some(bytes));
+        for text in [
+            "",
+            "3ac6d6c6c2b047d5a6a41f4e5c8f2f59",
+            "3ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f5",
+            "3ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f5g",
+            "+ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f59",
+            "{3ac6d6c6-c2b0-47d5-a6a4-1f4e5c8f2f59}",
+        ] {
+            assert_eq!(uuid(text), None, "{text}");
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use underpass::accel::{DifBlock, OpKind};
 
+use crate::registry::Trust;
 use crate::size;
 use crate::value::{positive, seconds};
 
@@ -33,7 +34,7 @@ pub(crate) const OPS: [OpKind; 16] = [
 #[derive(Debug, Clone, clap::Args)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 pub(crate) struct Args {
-    /// The device: soft:dsa[,wqs=N,engines=N,core=N,...] or cpu
+    /// The device: a PCI device bound to vfio-pci, 0000:6a:01.0, or soft:dsa[,wqs=N,engines=N,core=N,...], or cpu
     #[arg(long, default_value = "soft:dsa")]
     pub(crate) device: String,
     /// What a job does
@@ -82,6 +83,8 @@ pub(crate) struct Args {
     /// Where the file that came through goes
     #[arg(long, value_name = "FILE", requires = "input")]
     pub(crate) output: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) trust: Trust,
     /// Print the result as one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -21,7 +21,7 @@ pub(crate) struct Opened {
 /// Opens the device for `queues` queues, if it can do jobs of `shape`.
 pub(crate) fn open(args: &Args, shape: &Shape, queues: usize) -> anyhow::Result<Opened> {
     let (engine, cores) = place(&args.device, &args.core)?;
-    let mut device = underpass_drivers::builtin().open_on(&args.device, engine)?;
+    let mut device = args.trust.registry().open_on(&args.device, engine)?;
     check(&*device, args.batch, shape, queues).map_err(|error| error.device(args.device.clone()))?;
     let depth = args.depth.unwrap_or(0);
     let config = Config { channels: queues, depth, batch: args.batch, ..Config::default() };

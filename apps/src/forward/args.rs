@@ -6,6 +6,7 @@ use std::time::Duration;
 use underpass::net::{MIN_FRAME, MacAddr};
 
 use super::mode::{Mode, Topology};
+use crate::registry::Trust;
 use crate::value::{positive, seconds};
 
 /// Move packets between ports, change, drop, generate or answer them
@@ -16,7 +17,8 @@ pub(crate) struct Args {
     /// What is done to packets
     #[arg(long, value_enum, default_value_t = Mode::Io)]
     pub(crate) mode: Mode,
-    /// A port, soft:virtio-net[,peer=...,run=inline,...]; once for each port, which are numbered from 0
+    /// A port: a PCI device bound to vfio-pci, 0000:3b:00.0, or soft:virtio-net[,peer=...,run=inline,...]; once for each
+    /// port, which are numbered from 0
     #[arg(long = "port", value_name = "ADDRESS")]
     pub(crate) ports: Vec<String>,
     /// Which port sends what another one receives
@@ -61,6 +63,8 @@ pub(crate) struct Args {
     /// for sending, even if they are dropped then, or with rxonly as they are received
     #[arg(long, value_name = "FILE")]
     pub(crate) pcap: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) trust: Trust,
     /// Print the result as one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -49,6 +49,9 @@ const FLOWS: u16 = 1024;
 /// How often the command looks how its workers are doing.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// How often it asks the devices how they are.
+const ASK: Duration = Duration::from_millis(100);
+
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = Stop::install()?;
@@ -140,7 +143,7 @@ pub(crate) fn measure(args: &Args, stop: &Stop, show_rates: bool) -> anyhow::Res
             .into());
         }
     }
-    let opened = ports::open(&addresses)?;
+    let opened = ports::open(&args.trust.registry(), &addresses)?;
     forward(args, opened, &cores, stop, show_rates)
 }
 
@@ -190,9 +193,12 @@ fn forward(
     run.begin();
     let failed =
         || workers.iter().any(Worker::is_finished) || capture.as_ref().is_some_and(Capture::has_failed);
-    watch(args, &ports.ports, &places, &run, &failed, stop, show_rates);
+    let failure = watch(args, &mut ports, &places, &run, &failed, stop, show_rates);
     run.end();
     let joined: Result<Vec<()>, Error> = workers.into_iter().map(Worker::join).collect();
+    let failed = run.failed_port();
+    // Before they are stopped, which they may not survive.
+    let told = ports.errors(failed);
     let dropped = ports.device_drops();
     let stopped = ports.stop();
     let (captured, cut) = capture.map(Capture::finish).unzip();
@@ -207,14 +213,10 @@ fn forward(
         missed: captured.missed,
         unsent: report.ports.iter().map(|port| port.tx_dropped).sum(),
     });
-    let failed = run.failed_port();
-    let told = ports.errors(failed);
-    let gone = failed.map(|port| {
-        // What the device says of it is nearer to the cause than what the application saw.
-        told.unwrap_or_else(|| {
-            Error::new(ErrorKind::Gone, "move packets", "a queue of it stopped working")
-                .device(ports.ports[port].name().to_owned())
-        })
+    // What the device says of it is nearer to the cause than what the application saw.
+    let gone = failure.or(told).or_else(|| {
+        let name = ports.ports[failed?].name().to_owned();
+        Some(Error::new(ErrorKind::Gone, "move packets", "a queue of it stopped working").device(name))
     });
     Ok((report, joined.err().or(gone).or(stopped.err()).or(cut.flatten())))
 }
@@ -338,24 +340,32 @@ fn turn(lanes: &mut Vec<(Place, Lane)>, run: &Run) -> worker::Work {
 }
 
 /// Looks after a run until it is over: its time is up, its packets have passed, nothing comes any more, the user asks
-/// for its end, or something failed.
+/// for its end, or something failed. Returns the error of a device that reported one.
 fn watch(
     args: &Args,
-    ports: &[Box<dyn Port>],
+    ports: &mut Ports,
     places: &[(Place, Arc<Counts>)],
     run: &Run,
     failed: &dyn Fn() -> bool,
     stop: &Stop,
     show_rates: bool,
-) {
+) -> Option<Error> {
     let ends_by_itself = args.packets.is_some() || args.idle.is_some() || !args.ports.is_empty();
     let most = args.seconds.or((!ends_by_itself).then_some(USUAL));
-    let mut rates = Rates::new(ports.len(), show_rates);
-    let (mut came, mut since) = (0, Instant::now());
+    let mut rates = Rates::new(ports.ports.len(), show_rates);
+    let (mut came, mut since, mut asked) = (0, Instant::now(), Instant::now());
     while run.phase() == Phase::Running {
         let left = most.map_or(LOOK, |most| most.saturating_sub(run.time()));
         if left.is_zero() || stop.asked() || failed() {
-            return;
+            return None;
+        }
+        // Where a device fails, its queues may look as if nothing came.
+        if asked.elapsed() >= ASK {
+            asked = Instant::now();
+            if let Some((port, error)) = ports.failure() {
+                run.fail(port);
+                return Some(error);
+            }
         }
         if let Some(idle) = args.idle {
             let now =
@@ -363,12 +373,13 @@ fn watch(
             if now != came {
                 (came, since) = (now, Instant::now());
             } else if since.elapsed() >= idle {
-                return;
+                return None;
             }
         }
-        rates.tell(ports, || places.iter().map(|(_, counts)| counts.tally().no_room).sum());
+        rates.tell(&ports.ports, || places.iter().map(|(_, counts)| counts.tally().no_room).sum());
         thread::sleep(left.min(LOOK));
     }
+    None
 }
 
 #[cfg(test)]

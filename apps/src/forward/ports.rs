@@ -1,8 +1,10 @@
 //! Opens the ports, gives them memory, starts and stops them.
 
 use underpass::net::{Config, DeviceDrops, FRAME_OVERHEAD, MIN_FRAME, Port, Started};
+use underpass::pci::PciAddress;
 use underpass::pool::HEADROOM;
 use underpass::{Error, ErrorKind, Pool};
+use underpass_drivers::Registry;
 
 use super::args::Args;
 use super::mode::Mode;
@@ -41,7 +43,7 @@ pub(super) fn usual(args: &Args) -> Vec<String> {
 }
 
 /// Opens the ports at these addresses.
-pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
+pub(super) fn open(registry: &Registry, addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
     for (index, address) in addresses.iter().enumerate() {
         if let Some(earlier) = addresses[..index].iter().position(|earlier| is_same(earlier, address)) {
             return Err(Usage(format!(
@@ -50,16 +52,15 @@ pub(super) fn open(addresses: &[String]) -> anyhow::Result<Vec<Box<dyn Port>>> {
             .into());
         }
     }
-    let registry = underpass_drivers::builtin();
     Ok(addresses.iter().map(|address| registry.open_port(address)).collect::<Result<_, _>>()?)
 }
 
 /// Whether both name the same device. A software device is made anew each time that it is named.
 fn is_same(a: &str, b: &str) -> bool {
     let device = |address: &str| {
-        let device = address.split(',').next().unwrap_or_default().to_ascii_lowercase();
-        // The PCI domain that is left out is 0000.
-        device.strip_prefix("0000:").map(str::to_owned).unwrap_or(device)
+        let device = address.split(',').next().unwrap_or_default();
+        // A PCI function has several spellings.
+        device.parse().map_or_else(|_| device.to_owned(), |address: PciAddress| address.to_string())
     };
     !device(a).starts_with("soft:") && device(a) == device(b)
 }
@@ -170,6 +171,14 @@ impl Ports {
             }
         }
         wanted
+    }
+
+    /// The first port whose device has an error to report, and that error.
+    pub(super) fn failure(&mut self) -> Option<(usize, Error)> {
+        self.ports.iter_mut().enumerate().find_map(|(index, port)| {
+            let error = port.next_error()?;
+            Some((index, error.device(port.name().to_owned())))
+        })
     }
 
     /// Ports without a link.

@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 
-use underpass::pci::PciDevice;
-use underpass::{Error, ErrorKind, Result};
+use underpass::pci::host::Host;
+use underpass::pci::{PciAddress, PciDevice};
+use underpass::{Error, ErrorKind, Result, vfio};
 
-use super::{Address, Class, Device, SchemeOption};
+use super::{Address, Class, Device, SchemeOption, other_class};
 use crate::dsa::Dsa;
 use crate::dsa::spec as dsa;
 use crate::virtio_net::driver::VirtioNet;
@@ -22,9 +23,9 @@ pub struct PciDriver {
     pub class: Class,
     /// The devices that it knows: PCI vendor and device id.
     pub ids: &'static [(u16, u16)],
-    /// The options that it takes after a PCI address, besides [`OPTIONS`].
+    /// The options that it takes after a PCI address, besides [`PCI_OPTIONS`](super::PCI_OPTIONS).
     pub options: &'static [SchemeOption],
-    /// Makes a device of the function. Options are known to be among `options` and [`OPTIONS`], each given once.
+    /// Makes a device of the function. Options are known to be among `options` and [`PCI_OPTIONS`](super::PCI_OPTIONS), each given once.
     pub open: fn(PciDevice, &Address<'_>) -> Result<Device>,
 }
 
@@ -65,21 +66,74 @@ impl PciDriver {
     pub fn knows(&self, vendor: u16, device: u16) -> bool {
         self.ids.contains(&(vendor, device))
     }
+}
 
-    /// The refusal of a device that none of `drivers` knows.
-    pub(super) fn none_knows(drivers: &[&Self], text: &str, (vendor, device): (u16, u16)) -> Error {
-        let mut known = String::new();
-        for driver in drivers {
-            let ids: Vec<_> =
-                driver.ids.iter().map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")).collect();
-            let separator = if known.is_empty() { "" } else { "; " };
-            let _ = write!(known, "{separator}{}: {}", driver.name, ids.join(", "));
+/// The driver for devices with these ids: of several the last.
+pub(super) fn driver_for(
+    drivers: &[&'static PciDriver],
+    vendor: u16,
+    device: u16,
+) -> Option<&'static PciDriver> {
+    drivers.iter().rev().copied().find(|driver| driver.knows(vendor, device))
+}
+
+/// Opens the device at `at`, of one class if that is given. What can be refused before it is opened is, as opening resets it.
+pub(super) fn open(
+    drivers: &[&'static PciDriver],
+    class: Option<Class>,
+    address: &Address<'_>,
+    at: PciAddress,
+) -> Result<Device> {
+    let host = Host::this().device(at)?;
+    let (vendor, device) = (host.vendor_id(), host.device_id());
+    let driver = driver_for(drivers, vendor, device)
+        .ok_or_else(|| none_knows(drivers, address.text, vendor, device))?;
+    if class.is_some_and(|class| class != driver.class) {
+        return Err(other_class(address.text, driver.class));
+    }
+    address.check_options(&format!("a {} device", driver.name), OPTIONS.iter().chain(driver.options))?;
+    let options = vfio::Options {
+        vf_token: address.uuid("vf-token")?,
+        unprotected: address.unprotected.cloned(),
+        ..vfio::Options::default()
+    };
+    (driver.open)(PciDevice::open(at, &options)?, address)
+}
+
+/// The refusal of a device that no driver knows.
+fn none_knows(drivers: &[&PciDriver], text: &str, vendor: u16, device: u16) -> Error {
+    let mut known = String::new();
+    for driver in drivers {
+        let ids: Vec<_> =
+            driver.ids.iter().map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")).collect();
+        let separator = if known.is_empty() { "" } else { "; " };
+        let _ = write!(known, "{separator}{} {}", driver.name, ids.join(", "));
+    }
+    let why = format!("it is a {vendor:04x}:{device:04x}, and no driver knows that");
+    Error::new(ErrorKind::Unsupported, format!("open {text:?}"), why)
+        .mend(format!("take one that a driver knows ({known}): underpass devices lists them"))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::builtin;
+
+    #[test]
+    fn drivers_are_found_by_the_ids_of_their_devices() {
+        let registry = builtin();
+        let name = |vendor, device| registry.driver_for(vendor, device).map(|driver| driver.name);
+        // Virtio 1.3, 4.1.2.1, and the kernel's idxd.
+        for (vendor, device, driver) in [
+            (0x1af4, 0x1041, Some("virtio-net")),
+            (0x1af4, 0x1000, Some("virtio-net")),
+            (0x1af4, 0x1042, None),
+            (0x8086, 0x1041, None),
+            (0x8086, 0x0b25, Some("dsa")),
+            (0x8086, 0x11fb, Some("dsa")),
+            (0x8086, 0x1212, Some("dsa")),
+            (0x8086, 0x10d3, None),
+        ] {
+            assert_eq!(name(vendor, device), driver, "{vendor:04x}:{device:04x}");
         }
-        Error::new(
-            ErrorKind::Unsupported,
-            format!("open {text:?}"),
-            format!("no driver here knows {vendor:04x}:{device:04x}"),
-        )
-        .mend(format!("take a device that one of them knows ({known})"))
     }
 }

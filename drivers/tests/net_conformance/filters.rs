@@ -5,9 +5,8 @@ use underpass::net::{Config, MacAddr, RxQueue};
 use underpass_drivers::virtio_net::spec::Features;
 
 use crate::rig::frames::Flow;
-use crate::rig::virtio::Kind;
 use crate::rig::{Bench, Wire, contents, pool};
-use crate::{config, echo};
+use crate::{Kind, config, echo};
 
 /// Sends these frames to the port, of which those with the names in `expected` are to arrive.
 fn arrive(bench: &Bench, rx: &mut [Box<dyn RxQueue>], frames: &[(char, Flow)], expected: &str) {
@@ -39,7 +38,7 @@ pub(super) fn addresses_are_filtered(kind: &Kind) {
         ]
     };
     let rx = &mut started.rx;
-    if kind.without.contains(Features::CTRL_RX) {
+    if kind.is_without(Features::CTRL_RX) {
         // A device that can not filter passes everything on, started so or not, and says so when asked.
         let port = &mut *bench.port;
         for refused in
@@ -114,12 +113,12 @@ pub(super) fn vlans_are_filtered(kind: &Kind) {
                 bench.port.set_vlan_filter(id, on).unwrap();
                 started = Some(bench.start(&config));
             }
-            Err(error) if kind.without.contains(Features::CTRL_VLAN) => {
+            Err(error) if kind.is_without(Features::CTRL_VLAN) => {
                 assert_eq!(error.kind(), ErrorKind::Unsupported);
             }
             result => result.unwrap(),
         }
-        let arrives = if kind.without.contains(Features::CTRL_VLAN) { "u159" } else { arrives };
+        let arrives = if kind.is_without(Features::CTRL_VLAN) { "u159" } else { arrives };
         let rx = &mut started.as_mut().unwrap().rx;
         arrive(&bench, rx, &frames, arrives);
     }

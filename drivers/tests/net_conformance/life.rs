@@ -8,9 +8,8 @@ use underpass::{Burst, ErrorKind, Packet};
 use underpass_drivers::virtio_net::spec::Features;
 
 use crate::rig::frames::{identify, numbered};
-use crate::rig::virtio::Kind;
 use crate::rig::{PATIENCE, Wire, burst, contents, packet, pool, small_pool, until};
-use crate::{config, echo};
+use crate::{Kind, config, echo};
 
 pub(super) fn a_port_says_what_it_can_do(kind: &Kind) {
     let mut bench = kind.open(&Wire::new(4));
@@ -201,7 +200,7 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
     bench.works(&mut started, &pool);
     for _ in 0..3 {
         bench.wire.set_link(false);
-        if kind.without.contains(Features::STATUS) {
+        if kind.is_without(Features::STATUS) {
             assert!(bench.port.link().up, "a device that does not say is taken to be up");
         } else {
             until("the link goes down", || {

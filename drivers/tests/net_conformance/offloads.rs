@@ -6,11 +6,10 @@ use underpass::net::{Config, Offloads, Rss, RxQueue};
 use underpass::{Checksum, ErrorKind, Transport, TxOffload};
 use underpass_drivers::virtio_net::model::peer::{Offload, Segment, SegmentKind};
 
-use crate::config;
 use crate::rig::frames::{Field, Flow, KEY, numbered, toeplitz};
-use crate::rig::virtio::Kind;
 use crate::rig::wire::OnWire;
 use crate::rig::{Bench, Random, Wire, chain, contents, packet, pool, small_pool};
+use crate::{Kind, config};
 
 /// Bytes whose sums differ from one place to the next.
 fn filler(len: usize, factor: usize) -> Vec<u8> {
@@ -106,7 +105,7 @@ pub(super) fn checksums_are_completed(kind: &Kind) {
     for flow in flows() {
         for size in [1, 2, 3, 64, 999, 1400] {
             let payload = filler(size, 31);
-            expected.push(flow.frame(&payload));
+            expected.push(bench.wire.padded(flow.frame(&payload)));
             let frame = Flow { field: Field::Pseudo, ..flow.clone() }.frame(&payload);
             let cuts: &[usize] =
                 if size == 64 { &[flow.headers_len() - 3, flow.headers_len() + 11] } else { &[] };
@@ -184,13 +183,14 @@ pub(super) fn long_payloads_are_segmented(kind: &Kind) {
                 bench.flush(tx);
                 let sent = bench.wire.sent(0);
                 assert_eq!(sent.len(), expected.len(), "{len} bytes by {size}: {flow:?}");
-                for (n, (sent, expected)) in sent.iter().zip(&expected).enumerate() {
+                let expected = expected.into_iter().map(|segment| bench.wire.padded(segment));
+                for (n, (sent, expected)) in sent.iter().zip(expected).enumerate() {
                     assert_eq!(
                         sent[..flow.headers_len()],
                         expected[..flow.headers_len()],
                         "segment {n}: {flow:?}"
                     );
-                    assert!(sent == expected, "segment {n} of {len} bytes: {flow:?}");
+                    assert!(*sent == expected, "segment {n} of {len} bytes: {flow:?}");
                 }
                 done += 1;
             }
@@ -301,11 +301,12 @@ pub(super) fn vlan_tags_are_taken_out_and_put_in(kind: &Kind) {
         }
     }
     // A tag and nothing else is too short a frame to look into.
-    bench.wire.send(0, [&[0xff; 12][..], &[0x81, 0]].concat());
-    bench.wire.send(0, [&[0xff; 12][..], &[0x81, 0, 0, 5]].concat());
-    let back = bench.drain(&mut started.rx, 2);
-    assert!(back.iter().all(|packet| packet.vlan().is_none() && packet.len() < 18));
-    drop(back);
+    if bench.wire.least() < 18 {
+        bench.wire.send(0, [&[0xff; 12][..], &[0x81, 0]].concat());
+        bench.wire.send(0, [&[0xff; 12][..], &[0x81, 0, 0, 5]].concat());
+        let back = bench.drain(&mut started.rx, 2);
+        assert!(back.iter().all(|packet| packet.vlan().is_none() && packet.len() < 18));
+    }
     if granted.contains(Offloads::TX_VLAN) {
         let tx = &mut *started.tx[0];
         for cuts in [&[][..], &[12], &[5, 13], &[30]] {

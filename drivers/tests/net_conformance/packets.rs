@@ -8,9 +8,8 @@ use underpass::net::{Config, Counters, FRAME_OVERHEAD, MIN_FRAME, Offloads, Valu
 use underpass::{Burst, Checksum, ErrorKind};
 
 use crate::rig::frames::{MIN_NUMBERED, identify, numbered};
-use crate::rig::virtio::Kind;
 use crate::rig::{Random, Wire, burst, chain, contents, packet, pool, small_pool, until};
-use crate::{config, echo};
+use crate::{Kind, config, echo};
 
 /// A frame of this size, with a VLAN tag where it takes one to be so long.
 fn sized(size: usize, mtu: usize) -> Vec<u8> {
@@ -26,7 +25,9 @@ pub(super) fn frames_of_every_size_come_back_byte_for_byte(kind: &Kind) {
     let pool = pool(256);
     let mut started = bench.start(&config(&pool));
     let most = usize::from(started.mtu) + FRAME_OVERHEAD;
-    let sizes: Vec<_> = (MIN_FRAME..=most).collect();
+    let step = kind.times(20) as usize;
+    let sizes: Vec<_> =
+        (bench.wire.least()..=most).filter(|size| *size == most || size % 20 < step).collect();
     for sizes in sizes.chunks(64) {
         let frames: Vec<_> = sizes.iter().map(|size| sized(*size, usize::from(started.mtu))).collect();
         let packets: Vec<_> = frames.iter().map(|frame| packet(&pool, frame)).collect();
@@ -46,8 +47,9 @@ pub(super) fn chains_are_sent_as_one_frame(kind: &Kind) {
     let tx = &mut *started.tx[0];
     let mut random = Random(3);
     let mut frames = Vec::new();
-    for turn in 0..150_u64 {
-        let frame = numbered(2, turn, MIN_FRAME + random.below(1500));
+    for turn in 0..kind.times(150) {
+        let least = bench.wire.least();
+        let frame = numbered(2, turn, least + random.below(1514 - least));
         let mut cuts: Vec<_> = (0..random.below(8)).map(|_| random.below(frame.len() + 1)).collect();
         cuts.sort_unstable();
         // A segment without bytes may be anywhere in the chain: half of the turns keep them out.
@@ -82,9 +84,11 @@ pub(super) fn a_frame_may_fill_several_buffers(kind: &Kind) {
     assert!(started.offloads.contains(Offloads::RX_SCATTER));
     let most = usize::from(started.mtu) + MIN_FRAME;
     let mut random = Random(5);
-    for round in 0..20 {
+    let least = bench.wire.least();
+    let rounds = kind.times(20);
+    for round in 0..rounds {
         let frames: Vec<_> = (0..40)
-            .map(|n| numbered(1, n, if n == round { most } else { MIN_FRAME + random.below(most - 13) }))
+            .map(|n| numbered(1, n, if n == round { most } else { least + random.below(most - least) }))
             .collect();
         for frame in &frames {
             bench.wire.send(0, frame.clone());
@@ -96,25 +100,26 @@ pub(super) fn a_frame_may_fill_several_buffers(kind: &Kind) {
         }
     }
     let (counted, _) = bench.counted();
-    assert_eq!((counted.packets, counted.dropped()), (800, 0));
+    assert_eq!((counted.packets, counted.dropped()), (40 * rounds, 0));
     bench.stop(started, &[&pool]);
 }
 
 pub(super) fn a_full_ring_keeps_order_and_loses_nothing(kind: &Kind) {
-    const FRAMES: u64 = 3000;
+    let frames = kind.times(3000);
     let mut bench = echo(kind);
     let pool = pool(512);
     let mut started = bench.start(&Config { rx_depth: 32, tx_depth: 16, ..config(&pool) });
     let mut random = Random(17);
     let (mut made, mut back) = (0, 0);
+    let shortest = MIN_NUMBERED.max(bench.wire.least());
     let (mut waiting, mut received) = (VecDeque::new(), Burst::with_capacity(64));
     let mut full = 0;
     until("all frames are back", || {
-        while made < FRAMES
+        while made < frames
             && waiting.len() < 64
             && let Some(mut packet) = pool.alloc()
         {
-            let frame = numbered(4, made, MIN_NUMBERED + random.below(1400));
+            let frame = numbered(4, made, shortest + random.below(1400));
             packet.append(frame.len()).unwrap().copy_from_slice(&frame);
             waiting.push_back(packet);
             made += 1;
@@ -135,14 +140,14 @@ pub(super) fn a_full_ring_keeps_order_and_loses_nothing(kind: &Kind) {
             assert_eq!(identify(&contents(&packet)), (4, back));
             back += 1;
         }
-        back == FRAMES
+        back == frames
     });
     assert!(full > 0, "the ring was never full");
     bench.wire.block(false);
     bench.flush(&mut *started.tx[0]);
     assert_eq!(bench.drain(&mut started.rx, 0).len(), 0, "more came than was sent");
     let (rx, tx) = bench.counted();
-    assert_eq!((rx.packets, tx.packets, rx.bytes), (FRAMES, FRAMES, tx.bytes));
+    assert_eq!((rx.packets, tx.packets, rx.bytes), (frames, frames, tx.bytes));
     assert_eq!((rx.dropped(), tx.dropped()), (0, 0));
     bench.stop(started, &[&pool]);
 }
@@ -248,7 +253,7 @@ pub(super) fn a_dry_pool_delays_packets_and_loses_none(kind: &Kind) {
         assert!(after.no_buffers > before.no_buffers, "nobody counted that buffers were short");
         assert_eq!((after.packets - before.packets, after.dropped()), (FRAMES, 0));
         // It works on with all buffers.
-        for round in 0..20 {
+        for round in 0..kind.times(20) {
             (0..depth as u64).for_each(|n| bench.wire.send(0, numbered(2, round, 100 + n as usize)));
             bench.receive(&mut *started.rx[0], depth);
         }
@@ -397,7 +402,7 @@ pub(super) fn packets_not_sent_are_counted_when_it_stops(kind: &Kind) {
 }
 
 pub(super) fn queues_work_on_threads_of_their_own(kind: &Kind) {
-    const FRAMES: u64 = 400;
+    let frames = kind.times(400);
     let mut bench = kind.open(&Wire::echo(3));
     let info = bench.port.info();
     let queues = info.max_rx_queues.min(info.max_tx_queues);
@@ -416,7 +421,7 @@ pub(super) fn queues_work_on_threads_of_their_own(kind: &Kind) {
                     let (mut seen, mut next) = (Vec::new(), 0);
                     let (mut to_send, mut received) = (Burst::with_capacity(16), Burst::with_capacity(16));
                     until("all frames are back", || {
-                        while next < FRAMES
+                        while next < frames
                             && !to_send.is_full()
                             && let Some(mut packet) = pool.alloc()
                         {
@@ -433,7 +438,7 @@ pub(super) fn queues_work_on_threads_of_their_own(kind: &Kind) {
                             identify(packet.data())
                         }));
                         total.fetch_add(count, Ordering::Relaxed);
-                        total.load(Ordering::Relaxed) == queues * FRAMES as usize
+                        total.load(Ordering::Relaxed) == queues * frames as usize
                     });
                     seen
                 })
@@ -449,7 +454,7 @@ pub(super) fn queues_work_on_threads_of_their_own(kind: &Kind) {
             assert!(last.insert(stream, number).is_none_or(|last| last < number), "stream {stream}: order");
         }
     }
-    assert_eq!(all.len(), queues * FRAMES as usize);
+    assert_eq!(all.len(), queues * frames as usize);
     bench.port.stop().unwrap();
     assert_eq!(pool.available(), pool.capacity());
 }

@@ -8,9 +8,8 @@ use underpass::Burst;
 use underpass::net::Config;
 
 use crate::rig::frames::numbered;
-use crate::rig::virtio::Kind;
 use crate::rig::{chain, contents, pool, until};
-use crate::{config, echo};
+use crate::{Kind, config, echo};
 
 /// What a random schedule does next.
 #[derive(Debug, Clone)]
@@ -58,7 +57,7 @@ fn turns() -> impl Strategy<Value = Vec<Turn>> {
 /// Whatever the order of calls and of the device's steps: what goes out comes back, in order, once.
 pub(super) fn random_schedules(kind: &Kind) {
     let mut runner = TestRunner::new(ProptestConfig {
-        cases: 40,
+        cases: kind.times(40) as u32,
         failure_persistence: None,
         max_shrink_iters: 2000,
         ..ProptestConfig::default()
@@ -82,6 +81,7 @@ fn schedule(kind: &Kind, turns: &[Turn]) {
     for turn in turns {
         match *turn {
             Turn::Send { count, size, segments } => {
+                let size = size.max(bench.wire.least());
                 let mut packets = Burst::with_capacity(count);
                 while packets.len() < count && pool.available() >= segments {
                     let frame = numbered(stream, made + packets.len() as u64, size);

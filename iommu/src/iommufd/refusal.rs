@@ -365,3 +365,6 @@ pub(super) fn bind(error: io::Error, group: &Group, with_token: bool) -> Error {
     };
     Error::os("bind the device to an iommufd", why, error).of_kind(kind).mend(mend)
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use underpass::net::State;
 
+/// Why a queue of a device that leaves does nothing any more ([`underpass::pci::PciDevice::is_gone`]).
+pub(super) const GONE: &str = "it was unplugged, or the kernel wants it back";
+
 /// What a queue's worker and its port tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Status {

@@ -383,16 +383,18 @@ impl VirtioNet {
         const MEND: &str = "stop it and start it again; packets on its queues are lost";
         let running = self.running.as_mut()?;
         if !self.failure_reported {
-            let failure = match self.transport.status() {
-                // All ones is what reading nothing gives.
-                u8::MAX => Some((ErrorKind::Gone, "nothing answers at its registers")),
-                now if now & status::DEVICE_NEEDS_RESET != 0 => {
-                    Some((ErrorKind::Device, "it failed, and asks for a reset"))
-                }
-                _ => None,
-            };
-            let failure = failure.map(|(kind, why)| Error::new(kind, "go on", why).mend(MEND));
-            let failure = failure.or_else(|| self.device.failure());
+            // What the device's owner knows of it is nearer to the cause than what its registers say.
+            let failure = self.device.failure().or_else(|| {
+                let (kind, why) = match self.transport.status() {
+                    // All ones is what reading nothing gives.
+                    u8::MAX => (ErrorKind::Gone, "nothing answers at its registers"),
+                    now if now & status::DEVICE_NEEDS_RESET != 0 => {
+                        (ErrorKind::Device, "it failed, and asks for a reset")
+                    }
+                    _ => return None,
+                };
+                Some(Error::new(kind, "go on", why).mend(MEND))
+            });
             if let Some(failure) = failure {
                 self.failure_reported = true;
                 for queue in &mut running.queues {
@@ -417,8 +419,10 @@ impl Drop for VirtioNet {
         if let Err(error) = self.halt() {
             tracing::error!("{}", self.named(error));
         }
-        if let Err(error) = self.device.set_bus_master(false) {
-            tracing::error!("{}", self.named(error));
+        match self.device.set_bus_master(false) {
+            // What is not there does no DMA.
+            Err(error) if error.kind() != ErrorKind::Gone => tracing::error!("{}", self.named(error)),
+            _ => {}
         }
     }
 }

@@ -14,7 +14,7 @@ use underpass::{Access, Burst, Checksum, Error, ErrorKind, Packet, Pool, Result}
 use zerocopy::FromBytes;
 
 use super::frame::{fits, strip_vlan, wire_len};
-use super::lease::{Lease, Ring, Status};
+use super::lease::{GONE, Lease, Ring, Status};
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::virtio_net::spec::net::{HashHeader, Header, gso, hash_report, header_flag};
@@ -154,6 +154,9 @@ impl<Q: Virtqueue<Token = Packet>> RxRing<Q> {
             }
         }
         let received = burst.len() - before;
+        if received == 0 && self.device.is_gone() {
+            self.status.break_down(GONE);
+        }
         self.counters.add(Values { packets: received as u64, bytes, ..Values::default() });
         received
     }

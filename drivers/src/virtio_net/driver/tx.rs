@@ -13,7 +13,7 @@ use underpass::{Access, Burst, Iova, Packet, Pool, Transport, TxOffload};
 use zerocopy::IntoBytes;
 
 use super::frame::{ADDRESSES, TAG, fits, wire_len};
-use super::lease::{Lease, Ring, Status};
+use super::lease::{GONE, Lease, Ring, Status};
 use super::rx::discard;
 use super::transport::Notifier;
 use super::virtqueue::{Buffer, Virtqueue};
@@ -202,7 +202,12 @@ impl<Q: Virtqueue<Token = Packet>> TxRing<Q> {
             done.free();
             match taken {
                 Ok(DONE) => {}
-                Ok(_) => return,
+                Ok(_) => {
+                    if sum.packets == 0 && self.device.is_gone() {
+                        self.status.break_down(GONE);
+                    }
+                    return;
+                }
                 Err(broken) => {
                     sum.broken += u64::from(self.status.break_down(broken.why));
                     return;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod frames;
+pub(crate) mod nic;
 #[path = "../random.rs"]
 mod random;
 pub(crate) mod ring;
@@ -85,12 +86,14 @@ impl Bench {
         });
     }
 
-    /// Waits until the device has sent everything.
+    /// Waits until the device has sent everything, and the wire has it.
     pub(crate) fn flush(&self, tx: &mut dyn TxQueue) {
         until("the device sends", || {
             self.step();
             tx.reclaim() == 0
         });
+        let (_, tx) = self.port.counters();
+        self.wire.settle(tx.iter().map(|counters| counters.values().packets).sum());
     }
 
     /// Receives exactly `count` packets.
@@ -123,8 +126,7 @@ impl Bench {
                     packets.extend(burst.drain_all());
                 }
             }
-            // Engines on threads of their own take their time.
-            packets.len() >= least && still > 50 && since.elapsed() > Duration::from_millis(3)
+            packets.len() >= least && still > 50 && since.elapsed() > self.wire.silence()
         });
         packets
     }

@@ -1,9 +1,14 @@
 //! The other end of a port's cables, in the test's hands.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
+use underpass::net::MIN_FRAME;
 use underpass_drivers::virtio_net::model::peer::{Frame, Offload, Peer, PeerCounters};
+
+use super::nic;
 
 /// Frames that an echoing wire holds for each queue pair, at most.
 const ROOM: usize = 8192;
@@ -16,8 +21,12 @@ pub(crate) struct OnWire {
 }
 
 /// One cable a queue pair. What the port sends is recorded, or comes back.
-#[derive(Debug, Clone)]
-pub(crate) struct Wire(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub(crate) struct Wire {
+    state: Arc<Mutex<State>>,
+    /// What carries the frames, where no model does.
+    cable: Option<Arc<nic::Cable>>,
+}
 
 #[derive(Debug)]
 struct State {
@@ -62,11 +71,41 @@ impl Wire {
 
     fn with(pairs: usize, far_end: FarEnd) -> Self {
         let pairs = (0..pairs).map(|_| Cable::default()).collect();
-        Self(Arc::new(Mutex::new(State { pairs, far_end, blocked: false, up: true })))
+        let state = State { pairs, far_end, blocked: false, up: true };
+        Self { state: Arc::new(Mutex::new(state)), cable: None }
+    }
+
+    /// The same wire, at the end of a cable.
+    pub(super) fn plugged(&self, cable: Arc<nic::Cable>) -> Self {
+        Self { cable: Some(cable), ..self.clone() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.state.lock().unwrap()
+    }
+
+    /// The shortest frame that arrives as it was sent: what is shorter is padded to this.
+    pub(crate) fn least(&self) -> usize {
+        if self.cable.is_some() { nic::LEAST } else { MIN_FRAME }
+    }
+
+    /// The frame as it arrives.
+    pub(crate) fn padded(&self, mut frame: Vec<u8>) -> Vec<u8> {
+        frame.resize(frame.len().max(self.least()), 0);
+        frame
+    }
+
+    /// How long nothing comes when nothing more is on its way.
+    pub(crate) fn silence(&self) -> Duration {
+        // A model's engines on threads of their own take their time.
+        if self.cable.is_some() { nic::SILENCE } else { Duration::from_millis(3) }
+    }
+
+    /// Waits for what is on its way, where the port has sent `packets` in all.
+    pub(crate) fn settle(&self, packets: u64) {
+        if let Some(cable) = &self.cable {
+            cable.settle(packets);
+        }
     }
 
     pub(crate) fn pairs(&self) -> usize {
@@ -111,6 +150,7 @@ impl Wire {
 
     /// Loses everything that is on the way.
     pub(crate) fn forget(&self) {
+        self.settle(u64::MAX);
         for cable in &mut self.state().pairs {
             cable.sent.clear();
             cable.arriving.clear();
@@ -119,7 +159,16 @@ impl Wire {
 
     /// Takes the link down or up.
     pub(crate) fn set_link(&self, up: bool) {
+        if let Some(cable) = &self.cable {
+            cable.set_link(up);
+        }
         self.state().up = up;
+    }
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
