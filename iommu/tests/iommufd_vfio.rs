@@ -84,8 +84,6 @@ fn capabilities_are_those_of_the_rows_iommu() {
     let (vendor, huge) = match &*row() {
         "virtio-iommu" => (Vendor::Unknown, [false, false]),
         "amd" => (Vendor::AmdVi, [true, true]),
-        // QEMU's VT-d has pages of 1 GiB in its second stage, and in the first by option.
-        "vtd-first-stage" => (Vendor::IntelVtd, [true, false]),
         _ => (Vendor::IntelVtd, [true, true]),
     };
     assert_eq!((capabilities.vendor, capabilities.max_pasids), (vendor, 0));
