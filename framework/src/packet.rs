@@ -255,10 +255,14 @@ impl Packet {
     /// Appends `tail`, a packet of one or more segments, behind the last segment. That is found by going through all of
     /// them: a long chain is best made from its end.
     pub fn chain(&mut self, tail: Packet) {
-        let mut end = &mut self.meta_mut().next;
+        let meta = self.meta_mut();
+        let (mut pool, mut end) = (meta.pool, &mut meta.next);
         while let Some(segment) = end {
-            end = &mut segment.meta_mut().next;
+            let meta = segment.meta_mut();
+            (pool, end) = (meta.pool, &mut meta.next);
         }
+        // SAFETY: a pool lives as long as one of its packets does.
+        unsafe { pool.as_ref() }.chain_begins();
         *end = Some(tail);
     }
 
@@ -414,6 +418,12 @@ impl Packet {
         while let Some(mut segment) = next {
             next = segment.take_next();
         }
+    }
+
+    /// For pools: the address of its metadata.
+    #[inline]
+    pub(crate) fn addr(&self) -> usize {
+        self.0.addr().get()
     }
 
     /// For pools: 0 for a packet of one segment of `pool`.

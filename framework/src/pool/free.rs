@@ -22,7 +22,7 @@ use std::{
 
 use std::mem::MaybeUninit;
 
-use crate::ring::Mpmc;
+use crate::ring::{Mpmc, copy};
 
 /// Items that are free to be taken. At most as many come in as it was made for.
 pub(super) struct FreeList<T> {
@@ -51,8 +51,8 @@ impl<T: Copy + Send> FreeList<T> {
         Self { ring: Mpmc::new(capacity), caches: (0..slots).map(cache).collect() }
     }
 
-    /// Takes items back. One that does not fit into the slot's cache moves the oldest there to the ring, so that the cache
-    /// is half full in the end: then neither taking nor putting soon has to go to the ring again.
+    /// Takes items back. Those that do not fit into the slot's cache move the oldest there to the ring, so that the
+    /// cache is nearly half full in the end: then neither taking nor putting soon has to go to the ring again.
     ///
     /// # Safety
     /// The calling thread holds `slot`, or `slot` is of no cache. With `items`, there are no more than the capacity.
@@ -62,7 +62,8 @@ impl<T: Copy + Send> FreeList<T> {
         let len = cache.len();
         let put = |cached: &mut [MaybeUninit<T>]| match cached.get_mut(len..len + items.len()) {
             Some(free) => {
-                free.copy_from_slice(maybe_uninit(items));
+                // SAFETY: both are as long, and nobody else has the free ones, so that they do not overlap.
+                unsafe { copy(items.as_ptr(), free.as_mut_ptr().cast(), items.len()) };
                 true
             }
             None => false,
@@ -85,8 +86,11 @@ impl<T: Copy + Send> FreeList<T> {
     unsafe fn spill(&self, cache: &Cache<T>, items: &[T]) {
         let len = cache.len();
         let spill = |cached: &mut [MaybeUninit<T>]| {
-            let half = cached.len() / 2;
-            let kept = half.checked_sub(items.len())?;
+            // Less than what `refill` leaves. Were it as much, a load that takes and puts the same number in turns, no more
+            // than fit, would do both in each turn, for ever. As it is, what is left at the end of a turn shrinks, until all
+            // that the next one takes and puts has room in the cache.
+            let most = cached.len() / 2 - cached.len() / 16;
+            let kept = most.checked_sub(items.len())?;
             // At least 1, as `len + items.len()` is more than fits; at most `len`.
             let oldest = len - kept;
             // Subtracted before they are in the ring, where they count again: see `home`.
@@ -94,8 +98,8 @@ impl<T: Copy + Send> FreeList<T> {
             // SAFETY: the first `len` are initialised.
             self.share(unsafe { initialised(&cached[..oldest]) });
             cached.copy_within(oldest..len, 0);
-            cached[kept..half].copy_from_slice(maybe_uninit(items));
-            Some(half)
+            cached[kept..most].copy_from_slice(maybe_uninit(items));
+            Some(most)
         };
         // SAFETY: the caller holds the slot.
         match unsafe { cache.with(spill) } {
@@ -124,12 +128,10 @@ impl<T: Copy + Send> FreeList<T> {
         let Some(cache) = self.caches.get(slot) else { return self.unshare(out) };
         let len = cache.len();
         if let Some(left) = len.checked_sub(out.len()) {
-            // From the top down: the freshest is the first, and the copying is a loop in place. A call of memcpy, for as few
-            // as there are in a burst, takes a fifth longer.
             let take = |cached: &mut [MaybeUninit<T>]| {
-                for (out, item) in out.iter_mut().zip(cached[left..len].iter().rev()) {
-                    *out = *item;
-                }
+                let freshest = &cached[left..len];
+                // SAFETY: both are as long, and `out` is the caller's, not in the cache.
+                unsafe { copy(freshest.as_ptr(), out.as_mut_ptr(), freshest.len()) };
             };
             // SAFETY: the caller holds the slot.
             unsafe { cache.with(take) };

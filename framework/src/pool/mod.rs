@@ -26,10 +26,10 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
-use underpass_iommu::{Error, ErrorKind, Region, Result};
+use underpass_iommu::{Error, ErrorKind, PageSize, Region, Result};
 
 use self::free::FreeList;
 pub use self::reclaim::Reclaim;
@@ -59,6 +59,12 @@ unsafe impl Sync for Owner {}
 /// What handles and packets share.
 pub(crate) struct Shared {
     free: FreeList<Free>,
+    /// The address of the first buffer's metadata. The others' follow, within `meta_bytes`, a power of two, which are all
+    /// this pool's.
+    first_meta: usize,
+    meta_bytes: usize,
+    /// Whether a packet of this pool ever had a chain behind it.
+    chained: AtomicBool,
     exhausted: CachePadded<AtomicU64>,
     name: String,
     buffer_len: u32,
@@ -86,6 +92,38 @@ impl Shared {
         let free = &unsafe { pool.as_ref() }.free;
         // SAFETY: the slot is this thread's, and a pool has room for its own buffers.
         unsafe { free.put(slot::current(), buffers) };
+    }
+
+    /// One of its packets is about to get a chain behind it.
+    #[inline]
+    pub(crate) fn chain_begins(&self) {
+        // Relaxed: a thread that gets the packet later sees it by whatever hands the packet over. Read first, so that the
+        // line stays shared.
+        if !self.chained.load(Ordering::Relaxed) {
+            self.chained.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether all packets are of this pool and of one segment. As long as none of the pool ever had a chain, their
+    /// addresses tell, and no metadata are read. False if it takes a closer look.
+    #[inline]
+    fn has_all(&self, packets: &[Packet]) -> bool {
+        let distance = |packet: &Packet| packet.addr().wrapping_sub(self.first_meta);
+        // One that is not below a power of two has a bit at or above it.
+        let bits = packets.iter().fold(0, |bits, packet| bits | distance(packet));
+        bits < self.meta_bytes && !self.chained.load(Ordering::Relaxed)
+    }
+
+    /// Takes packets back.
+    ///
+    /// # Safety
+    /// They are of the pool, of one segment each, and given away.
+    #[inline]
+    unsafe fn put_packets(pool: NonNull<Self>, packets: &[Packet]) {
+        // SAFETY: a Packet is a pointer to metadata, as a Free is.
+        let buffers = unsafe { std::slice::from_raw_parts(packets.as_ptr().cast::<Free>(), packets.len()) };
+        // SAFETY: the caller's promise.
+        unsafe { Self::put(pool, buffers) };
     }
 
     /// Takes one buffer back.
@@ -155,16 +193,19 @@ impl PoolBuilder {
             )
             .mend(format!("give it at least one buffer of more than {HEADROOM} bytes")));
         }
-        let allocate = |stride: usize| {
-            // Too many for any memory is what the region says.
-            let mut region = Region::builder((stride as u64).saturating_mul(count as u64));
+        let allocate = |bytes: usize| {
+            let mut region = Region::builder(bytes as u64);
             if let Some(node) = numa_node {
                 region = region.numa_node(node);
             }
             DmaBuf::new(region.build()?)
         };
         let stride = (buffer_len as usize).next_multiple_of(64);
-        let (buffers, meta) = (allocate(stride)?, allocate(size_of::<Meta>())?);
+        // Too many for any memory is what the region says.
+        let bytes = place(count - 1, stride).saturating_add(stride);
+        let meta_bytes =
+            size_of::<Meta>().saturating_mul(count).checked_next_power_of_two().unwrap_or(usize::MAX);
+        let (buffers, meta) = (allocate(bytes)?, allocate(meta_bytes)?);
         let region = u16::try_from(buffers.region().id().index()).map_err(|_| {
             Error::new(ErrorKind::NoMemory, format!("make pool {name}"), "there are 65536 regions already")
                 .mend("use fewer and larger pools and buffers")
@@ -175,6 +216,9 @@ impl PoolBuilder {
         let first_meta = meta.region().as_ptr().cast::<Meta>();
         let shared = Box::new(Shared {
             free: FreeList::new(count, slot::SLOTS, cache.min(count)),
+            first_meta: first_meta.addr().get(),
+            meta_bytes,
+            chained: AtomicBool::new(false),
             exhausted: CachePadded::default(),
             name,
             buffer_len,
@@ -184,9 +228,9 @@ impl PoolBuilder {
         let shared = NonNull::from(Box::leak(shared));
         let pool = Pool(Arc::new(Owner(shared)));
         for n in 0..count {
-            // SAFETY: the region, which the pointer is good for, has `count` strides.
-            let buffer = unsafe { first_buffer.add(n * stride) };
-            // SAFETY: likewise, this one has as many metadata.
+            // SAFETY: the region, which the pointer is good for, reaches to the end of the last buffer's place.
+            let buffer = unsafe { first_buffer.add(place(n, stride)) };
+            // SAFETY: likewise for metadata; a page of 2 MiB has a whole number of them.
             let meta = unsafe { first_meta.add(n) };
             // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };
@@ -195,6 +239,16 @@ impl PoolBuilder {
         }
         slot::register(shared);
         Ok(pool)
+    }
+}
+
+/// Where the buffer with number `n` is in a pool's memory, if each takes `stride` bytes. None reaches over the end of a
+/// 2 MiB page that it has room in: without an IOMMU, the next page is somewhere else.
+fn place(n: usize, stride: usize) -> usize {
+    const PAGE: usize = PageSize::Size2M.bytes() as usize;
+    match PAGE / stride {
+        0 => n.saturating_mul(stride),
+        in_a_page => (n / in_a_page).saturating_mul(PAGE).saturating_add(n % in_a_page * stride),
     }
 }
 

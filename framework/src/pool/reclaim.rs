@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Free, Shared};
+use super::Shared;
 use crate::Burst;
 use crate::packet::Packet;
 
@@ -91,7 +91,25 @@ impl std::fmt::Debug for Reclaim {
 /// # Safety
 /// The packets are the caller's to give away: nobody uses or drops them after this.
 #[inline]
-unsafe fn release(mut packets: &[Packet]) {
+unsafe fn release(packets: &[Packet]) {
+    let Some(first) = packets.first() else { return };
+    let pool = first.meta().pool;
+    // SAFETY: a pool lives as long as one of its packets does.
+    if unsafe { pool.as_ref() }.has_all(packets) {
+        // SAFETY: they are all of this pool and of one segment, and given away.
+        unsafe { Shared::put_packets(pool, packets) };
+    } else {
+        // SAFETY: the caller's promise.
+        unsafe { release_runs(packets) };
+    }
+}
+
+/// [`release`] of packets that are not all alike: each is looked at.
+///
+/// # Safety
+/// As for [`release`].
+#[inline(never)]
+unsafe fn release_runs(mut packets: &[Packet]) {
     while let Some(first) = packets.first() {
         let pool = first.meta().pool;
         let run = packets.iter().take_while(|packet| packet.oddness(pool) == 0).count();
@@ -103,10 +121,8 @@ unsafe fn release(mut packets: &[Packet]) {
             continue;
         }
         let (now, later) = packets.split_at(run);
-        // SAFETY: a Packet is a pointer to metadata, as a Free is.
-        let buffers = unsafe { std::slice::from_raw_parts(now.as_ptr().cast::<Free>(), run) };
-        // SAFETY: they are all of this pool and without chains, and their packets are given away.
-        unsafe { Shared::put(pool, buffers) };
+        // SAFETY: they are all of this pool and without chains, and given away.
+        unsafe { Shared::put_packets(pool, now) };
         packets = later;
     }
 }

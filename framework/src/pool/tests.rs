@@ -192,6 +192,52 @@ fn a_cache_keeps_no_more_than_it_may_and_nothing_once_its_thread_ends() {
     }
 }
 
+/// Wherever the cache stood at first.
+#[test]
+fn turns_that_fit_into_a_cache_come_to_take_what_they_put() {
+    let _slot = Slot::claim();
+    let pool = pool(1000, 128);
+    for out in [64, 96, 128] {
+        for before in 0..20 {
+            drop((0..8 * before).map_while(|_| pool.alloc()).collect::<Vec<_>>());
+            let mut burst = Burst::with_capacity(8);
+            let mut last = Vec::new();
+            for turn in 0..40 {
+                let mut taken = Vec::new();
+                while taken.len() < out {
+                    assert_eq!(pool.alloc_raw(8, &mut burst), 8);
+                    taken.extend(burst.drain_all());
+                }
+                let mut addresses: Vec<_> = taken.iter().map(|packet| packet.data().as_ptr()).collect();
+                addresses.sort_unstable();
+                assert!(turn < 39 || addresses == last, "{out} at a time still come from the ring");
+                last = addresses;
+                let mut taken = taken.into_iter();
+                while taken.len() > 0 {
+                    burst.extend(taken.by_ref().take(8));
+                    burst.free();
+                }
+            }
+        }
+    }
+}
+
+/// A chain across pools is known to each whose packet has one behind it, also once it is apart.
+#[test]
+fn a_chain_that_was_part_of_one_comes_home() {
+    let pools = [pool(4, 0), pool(4, 0)];
+    let [a, b] = &pools;
+    let mut head = a.alloc().unwrap();
+    head.chain(b.alloc().unwrap());
+    head.chain(a.alloc().unwrap());
+    let mut burst = Burst::with_capacity(4);
+    assert_eq!(b.alloc_burst(2, &mut burst), 2);
+    burst.push(head.take_next().unwrap()).unwrap();
+    burst.free();
+    drop(head);
+    assert!(pools.iter().all(|pool| pool.outstanding() == 0));
+}
+
 #[test]
 fn memory_is_given_back_once_all_is_home_and_not_before() {
     for (free_on_another_thread, with_slot) in [(false, false), (false, true), (true, false), (true, true)] {

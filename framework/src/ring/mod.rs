@@ -34,6 +34,7 @@
 //! (module `modelled`), so that the copying in `slots` is not among what it checks; nor are the pauses of a
 //! producer or consumer that is alone on its side, and how a shared ring gives up on who is dead.
 
+mod copy;
 mod heap;
 mod index;
 mod shared;
@@ -49,6 +50,7 @@ use std::marker::PhantomData;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::sync::Arc;
 
+pub(crate) use self::copy::copy;
 use self::heap::Heap;
 use self::index::{Amount, Mode, Multi, Single};
 pub use self::shared::{Plain, SharedConsumer, SharedProducer, SharedRing};
