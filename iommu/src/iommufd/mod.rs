@@ -3,6 +3,20 @@
 //! An [`Iommufd`] is an open `/dev/iommu`. It makes address spaces ([`Ioas`]); devices that are bound to it
 //! ([`Iommufd::bind`]), or single PASIDs of theirs, are attached to those.
 //!
+//! ```no_run
+//! use underpass_iommu::iommufd::Iommufd;
+//! use underpass_iommu::{Access, IommuBackend, Region};
+//! # fn example(device: &dyn underpass_iommu::Attachable) -> underpass_iommu::Result<()> {
+//! let iommufd = Iommufd::shared()?;
+//! let ioas = iommufd.alloc_ioas()?;
+//! let attachment = ioas.attach(device, None)?;
+//! println!("{:?}", attachment.capabilities());
+//! let region = Region::builder(2 << 20).build()?;
+//! let mapping = ioas.map(&region, Access::READ_WRITE)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What the kernel leaves to its caller is here, once:
 //! - *One page table (HWPT) a device and address space*, made with the PASID flag where there are PASIDs, and shared by the
 //!   device's RID and its PASIDs in that space. An IOMMU that lets none be made (virtio-iommu) gets the address space itself.
