@@ -8,7 +8,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::iova::{IovaAllocator, IovaRange};
-use crate::{Access, Iova, PageSizes, Pasid, Region, Result, group, iommufd, soft};
+use crate::{
+    Access, Error, ErrorKind, Fault, Iova, PageSize, PageSizes, Pasid, Region, Result, group, iommufd, soft,
+};
 
 /// A kind of IOMMU, able to make address spaces.
 pub trait IommuBackend: Send + Sync + fmt::Debug {
@@ -22,7 +24,7 @@ pub trait IommuBackend: Send + Sync + fmt::Debug {
     /// then uses this process's pointers as IOVAs, and may touch all that the process may.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) where the backend has no SVA. The kernel's iommufd has none: there such a
+    /// [`ErrorKind::Unsupported`] where the backend has no SVA. The kernel's iommufd has none: there such a
     /// PASID comes from a kernel driver.
     fn attach_sva(&self, device: &dyn Attachable, pasid: Pasid, token: SvaToken) -> Result<Attachment>;
 }
@@ -122,7 +124,7 @@ pub trait IoasOps: Send + Sync + fmt::Debug {
     /// Maps the whole region at `iova`, which is aligned to the region's page size and lies in a usable range.
     fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()>;
     /// Where each of the region's pages is for the device, if the backend can not choose that: without an IOMMU, an address
-    /// is what the memory has. Such regions are neither mapped nor unmapped.
+    /// is what the memory has. Such regions are neither mapped nor unmapped, but asked for again when they would be.
     fn pages(&self, _region: &Region) -> Result<Option<Box<[Iova]>>> {
         Ok(None)
     }
@@ -147,6 +149,28 @@ pub trait Leases: Send + Sync + fmt::Debug {
 pub trait AttachmentOps: Send + Sync + fmt::Debug {
     /// What the device can do, now that it is attached.
     fn capabilities(&self) -> Capabilities;
+
+    /// The next access of the device that was refused, where that is reported here.
+    fn next_fault(&self) -> Result<Option<Fault>> {
+        Ok(None)
+    }
+
+    /// Begins to track written pages, all of them clean, or ends it.
+    fn track_dirty(&self, _on: bool) -> Result<()> {
+        Err(no_dirty_tracking())
+    }
+
+    /// The pages of `range` that were written, in ascending order; `clear` makes them clean again. Both ends of the
+    /// range are page boundaries.
+    fn dirty_pages(&self, _range: IovaRange, _page_size: PageSize, _clear: bool) -> Result<Vec<Iova>> {
+        Err(no_dirty_tracking())
+    }
+}
+
+#[cold]
+fn no_dirty_tracking() -> Error {
+    Error::new(ErrorKind::Unsupported, "track written pages", "this IOMMU can not, or was not asked to")
+        .mend("open the iommufd with dirty tracking, on an IOMMU that has it")
 }
 
 /// An I/O address space: page tables owned by the backend, which devices and PASIDs are attached to and
@@ -179,7 +203,7 @@ impl Ioas {
     /// until the attachment is dropped: else it could be given to somebody else meanwhile.
     ///
     /// # Errors
-    /// The backend's refusal; [`ErrorKind::Busy`](crate::ErrorKind::Busy) if something is mapped already at an address that the
+    /// The backend's refusal; [`ErrorKind::Busy`] if something is mapped already at an address that the
     /// device can not use (attach first, then map).
     pub fn attach(&self, device: &dyn Attachable, pasid: Option<Pasid>) -> Result<Attachment> {
         let mut iovas = self.0.iovas();
@@ -197,7 +221,7 @@ impl Ioas {
         if let Some(pages) = self.0.ops.pages(region)? {
             let iova = pages.first().copied().unwrap_or(Iova::new(0));
             let (ioas, region) = (self.clone(), Arc::clone(region));
-            return Ok(Mapping { ioas, region, iova, pages: Some(pages), access, mapped: false });
+            return Ok(Mapping { ioas, region, iova, pages: Some(pages), access, mapped: true });
         }
         let mut iovas = self.0.iovas();
         let (len, alignment) = (region.len(), region.page_size().bytes());
@@ -217,6 +241,19 @@ impl Ioas {
             access,
             mapped: true,
         })
+    }
+
+    /// Whether the region's pages are where they were when it was mapped, for a backend that does not hold them there.
+    fn check_unmoved(&self, region: &Region, pages: &[Iova]) -> Result<()> {
+        if self.0.ops.pages(region)?.as_deref() == Some(pages) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Os,
+            format!("unmap {region:?}"),
+            "the kernel has moved its pages meanwhile: DMA has gone to memory of others",
+        )
+        .mend("restart the machine, and do not move huge pages or take memory offline while devices without an IOMMU run"))
     }
 
     /// Addresses that everything attached so far can use, in ascending order.
@@ -244,7 +281,6 @@ pub struct Mapping {
     iova: Iova,
     pages: Option<Box<[Iova]>>,
     access: Access,
-    /// Whether there is something to be unmapped.
     mapped: bool,
 }
 
@@ -278,6 +314,9 @@ impl Mapping {
     fn unmap_once(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.mapped) {
             return Ok(());
+        }
+        if let Some(pages) = &self.pages {
+            return self.ioas.check_unmoved(&self.region, pages);
         }
         let mut iovas = self.ioas.0.iovas();
         let result = self.ioas.0.ops.unmap(self.iova, self.region.len());
@@ -328,6 +367,48 @@ impl Attachment {
     /// Addresses that the device can use in this space.
     pub fn usable_iovas(&self) -> Vec<IovaRange> {
         self.ioas.as_ref().map_or_else(Vec::new, Ioas::usable_iovas)
+    }
+
+    /// The next access of the device in this space that was refused, where the IOMMU reports that
+    /// ([`Capabilities::fault_reporting`]); it does not wait. Whoever wants to know polls: nothing here runs by itself.
+    ///
+    /// With iommufd these are a device's page requests (PCI PRI): all DMA memory is in place from the moment that it is
+    /// mapped, so a page that a device asks for is one that it may not have. It is told so. Several PASIDs of a device in
+    /// one space share their queue: each attachment hands out the faults of all of them.
+    pub fn next_fault(&self) -> Result<Option<Fault>> {
+        self.ops.next_fault().map_err(|error| error.device(self.name.to_string()))
+    }
+
+    /// Begins to track which pages the devices in this space write, or ends it. All pages are clean at the beginning.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without [`Capabilities::dirty_tracking`].
+    pub fn track_dirty(&self, on: bool) -> Result<()> {
+        self.ops.track_dirty(on).map_err(|error| error.device(self.name.to_string()))
+    }
+
+    /// The pages of `range` that were written since tracking began or they were last cleared, in ascending order, in units
+    /// of `page_size`. An IOMMU tracks whole pages of its own: one write to a page of 2 MiB makes each 4 KiB of it dirty.
+    /// `clear` makes them clean again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a range that is not whole pages; [`ErrorKind::Unsupported`] without
+    /// [`Capabilities::dirty_tracking`].
+    pub fn dirty_pages(&self, range: IovaRange, page_size: PageSize, clear: bool) -> Result<Vec<Iova>> {
+        let is_whole = range.first.is_aligned_to(page_size.bytes())
+            && range.last.wrapping_add(1).is_aligned_to(page_size.bytes())
+            && range.first <= range.last;
+        if !is_whole {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("tell the written pages of {range}"),
+                format!("these are not whole pages of {page_size}"),
+            )
+            .device(self.name.to_string())
+            .mend("ask for what a mapping covers, or for smaller pages"));
+        }
+        let pages = self.ops.dirty_pages(range, page_size, clear);
+        pages.map_err(|error| error.device(self.name.to_string()))
     }
 
     /// The space; `None` for one attached to the process's own (SVA).

@@ -98,6 +98,13 @@ impl Error {
         self
     }
 
+    /// Says that it is of another kind than its errno means elsewhere.
+    #[must_use]
+    pub fn of_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
     /// Says how to mend it, best as a command: "run: sysctl vm.nr\_hugepages=64".
     #[must_use]
     pub fn mend(mut self, mend: impl Into<Cow<'static, str>>) -> Self {

@@ -24,6 +24,8 @@ pub enum FaultReason {
     NotLeased,
     /// A handshake word does not lie on its own alignment or crosses a page.
     Misaligned,
+    /// The device asked for a page that it may not have (PCI PRI): what it may have is in place already.
+    PageRequest,
 }
 
 impl fmt::Display for FaultReason {
@@ -35,6 +37,7 @@ impl fmt::Display for FaultReason {
             Self::OutOfRange => "the address is out of the IOMMU's range",
             Self::NotLeased => "the driver has not handed that memory to the device",
             Self::Misaligned => "the word is misaligned",
+            Self::PageRequest => "the device asked for a page that it may not have",
         })
     }
 }

@@ -37,6 +37,7 @@ pub mod noiommu;
 mod pasid;
 pub mod soft;
 pub mod type1;
+mod vendor;
 mod word;
 
 pub use address::{Access, Iova, PageSize, PageSizes};

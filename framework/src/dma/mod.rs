@@ -9,6 +9,7 @@
 //! device leaves a buffer alone once the driver gave it back is the device's part; `check=leases` proves it for a
 //! software device.
 
+mod pages;
 mod records;
 mod space;
 

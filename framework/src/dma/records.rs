@@ -28,7 +28,8 @@ impl<T: FromBytes + IntoBytes + Immutable, W: Word> Records<T, W> {
     /// As many records as fit into `buf`, zeroed, and handed to the device for good.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, or is not aligned to `T` and `W`.
+    /// [`ErrorKind::InvalidInput`] if the buffer is not mapped in `space`, or not in one piece (without an IOMMU), or is not
+    /// aligned to `T` and `W`.
     pub fn new(mut buf: DmaBuf, space: &DmaSpace, access: Access) -> Result<Self> {
         const { assert!(Self::WORDS > 0 && size_of::<T>().is_multiple_of(size_of::<W>()), "not whole words") };
         let invalid =
@@ -41,9 +42,12 @@ impl<T: FromBytes + IntoBytes + Immutable, W: Word> Records<T, W> {
             ));
         }
         buf.fill(0);
-        let iova = space
-            .hand_out(&buf, access)
-            .ok_or_else(|| invalid("the buffer is not mapped", "map its region in this space first"))?;
+        let iova = space.hand_out(&buf, access).ok_or_else(|| {
+            invalid(
+                "the buffer is not mapped, or reaches over huge pages that lie apart for the device",
+                "map its region in this space first; without an IOMMU, ask for fewer or smaller queues",
+            )
+        })?;
         Ok(Self { buf, iova, _type: PhantomData })
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use underpass_iommu::{Access, Error, ErrorKind, Ioas, Iova, Leases, Mapping, Region, Result};
 
 use super::DmaMemory;
+use super::pages::Pages;
 use super::sealed::Span;
 
 /// What one queue can address: an address space and a table from region to IOVA, so that finding a buffer's
@@ -17,8 +18,8 @@ use super::sealed::Span;
 pub struct DmaSpace {
     /// By region id: what to add to a pointer to get its IOVA, or [`NOT_MAPPED`].
     bases: Vec<u64>,
-    /// For every region, as under SVA: IOVA = VA.
-    identity: bool,
+    /// Where regions are that the table does not have.
+    elsewhere: Elsewhere,
     leases: Option<Arc<dyn Leases>>,
     mappings: Vec<Mapping>,
     ioas: Option<Ioas>,
@@ -27,16 +28,33 @@ pub struct DmaSpace {
 /// Not a difference of two page-aligned addresses.
 const NOT_MAPPED: u64 = u64::MAX;
 
+/// Where regions are that have no base of their own.
+#[derive(Debug)]
+enum Elsewhere {
+    /// By region id: in pages that are not neighbours, as it is without an IOMMU; those that have none are nowhere.
+    InPages(Vec<Option<Pages>>),
+    /// All of them where this process has them, under SVA: IOVA = VA.
+    InProcess,
+}
+
+impl Elsewhere {
+    fn is_in_pages(&self, region: usize) -> bool {
+        matches!(self, Self::InPages(all) if matches!(all.get(region), Some(Some(_))))
+    }
+}
+
 impl DmaSpace {
     /// A space in which nothing is mapped yet.
     pub fn new(ioas: Ioas) -> Self {
         let leases = ioas.leases();
-        Self { bases: Vec::new(), identity: false, leases, mappings: Vec::new(), ioas: Some(ioas) }
+        let elsewhere = Elsewhere::InPages(Vec::new());
+        Self { bases: Vec::new(), elsewhere, leases, mappings: Vec::new(), ioas: Some(ioas) }
     }
 
     /// The process's own address space (SVA): every buffer can be addressed, at its own address.
     pub fn shared_virtual() -> Self {
-        Self { bases: Vec::new(), identity: true, leases: None, mappings: Vec::new(), ioas: None }
+        let elsewhere = Elsewhere::InProcess;
+        Self { bases: Vec::new(), elsewhere, leases: None, mappings: Vec::new(), ioas: None }
     }
 
     /// Maps `region`. Under SVA there is nothing to do.
@@ -46,15 +64,22 @@ impl DmaSpace {
     pub fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
         let Some(ioas) = &self.ioas else { return Ok(()) };
         let id = region.id().index();
-        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) {
+        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) || self.elsewhere.is_in_pages(id) {
             return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already")
                 .mend("map each region once for each queue"));
         }
         let mapping = ioas.map(region, access)?;
-        if self.bases.len() <= id {
-            self.bases.resize(id + 1, NOT_MAPPED);
+        let pages = mapping.pages().map(|pages| Pages::of(&mapping, pages));
+        let base = match &pages {
+            Some(pages) => pages.one_base(),
+            None => Some(mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64)),
+        };
+        match (&mut self.elsewhere, base) {
+            (_, Some(base)) => *entry(&mut self.bases, id, || NOT_MAPPED) = base,
+            (Elsewhere::InPages(all), None) => *entry(all, id, || None) = pages,
+            // A space with an IOAS is not the process's.
+            (Elsewhere::InProcess, None) => {}
         }
-        self.bases[id] = mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64);
         self.mappings.push(mapping);
         Ok(())
     }
@@ -64,18 +89,27 @@ impl DmaSpace {
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is not mapped; the IOMMU's refusal.
     pub fn unmap(&mut self, region: &Arc<Region>) -> Result<()> {
-        if self.identity {
+        if self.ioas.is_none() {
             return Ok(());
         }
         let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
                 .mend("unmap what was mapped, once")
         })?;
-        self.bases[region.id().index()] = NOT_MAPPED;
+        let id = region.id().index();
+        if let Some(base) = self.bases.get_mut(id) {
+            *base = NOT_MAPPED;
+        }
+        if let Elsewhere::InPages(all) = &mut self.elsewhere
+            && let Some(pages) = all.get_mut(id)
+        {
+            *pages = None;
+        }
         self.mappings.swap_remove(at).unmap()
     }
 
-    /// The memory's address for the device, or `None` if its region is not mapped here.
+    /// The memory's address for the device, or `None` if its region is not mapped here, or it lies in several pages that are
+    /// not neighbours for the device, as can be without an IOMMU.
     #[inline]
     pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
         self.view().iova(memory)
@@ -105,7 +139,7 @@ impl DmaSpace {
     /// The same for a burst: what it looks up stays in registers.
     #[inline]
     pub fn view(&self) -> View<'_> {
-        View { bases: &self.bases, identity: self.identity, leases: self.leases.as_deref() }
+        View { bases: &self.bases, elsewhere: &self.elsewhere, leases: self.leases.as_deref() }
     }
 
     /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
@@ -124,7 +158,7 @@ impl DmaSpace {
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     bases: &'a [u64],
-    identity: bool,
+    elsewhere: &'a Elsewhere,
     leases: Option<&'a dyn Leases>,
 }
 
@@ -139,8 +173,10 @@ impl View<'_> {
     fn translate(&self, span: Span) -> Option<Iova> {
         match self.bases.get(span.region) {
             Some(&base) if base != NOT_MAPPED => Some(Iova::new(span.address.wrapping_add(base))),
-            _ if self.identity => Some(Iova::new(span.address)),
-            _ => None,
+            _ => match self.elsewhere {
+                Elsewhere::InProcess => Some(Iova::new(span.address)),
+                Elsewhere::InPages(all) => all.get(span.region)?.as_ref()?.translate(span),
+            },
         }
     }
 
@@ -167,6 +203,14 @@ impl View<'_> {
     }
 }
 
+/// Entry `at` of a table, which grows up to it.
+fn entry<T>(table: &mut Vec<T>, at: usize, empty: impl Fn() -> T) -> &mut T {
+    if table.len() <= at {
+        table.resize_with(at + 1, empty);
+    }
+    &mut table[at]
+}
+
 impl fmt::Debug for DmaSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DmaSpace")
@@ -175,3 +219,6 @@ impl fmt::Debug for DmaSpace {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

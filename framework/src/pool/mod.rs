@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
-use underpass_iommu::{Error, ErrorKind, Region, Result};
+use underpass_iommu::{Error, ErrorKind, PageSize, Region, Result};
 
 use self::free::FreeList;
 pub use self::reclaim::Reclaim;
@@ -204,7 +204,8 @@ impl PoolBuilder {
         // Too many for any memory is what the region says.
         let meta_bytes =
             size_of::<Meta>().saturating_mul(count).checked_next_power_of_two().unwrap_or(usize::MAX);
-        let (buffers, meta) = (allocate(stride.saturating_mul(count))?, allocate(meta_bytes)?);
+        let buffer_bytes = place(count - 1, stride).saturating_add(stride);
+        let (buffers, meta) = (allocate(buffer_bytes)?, allocate(meta_bytes)?);
         let region = u16::try_from(buffers.region().id().index()).map_err(|_| {
             Error::new(ErrorKind::NoMemory, format!("make pool {name}"), "there are 65536 regions already")
                 .mend("use fewer and larger pools and buffers")
@@ -227,9 +228,9 @@ impl PoolBuilder {
         let shared = NonNull::from(Box::leak(shared));
         let pool = Pool(Arc::new(Owner(shared)));
         for n in 0..count {
-            // SAFETY: the region, which the pointer is good for, has `count` strides.
-            let buffer = unsafe { first_buffer.add(n * stride) };
-            // SAFETY: likewise, this one has as many metadata.
+            // SAFETY: the region, which the pointer is good for, reaches to the end of the last buffer's place.
+            let buffer = unsafe { first_buffer.add(place(n, stride)) };
+            // SAFETY: likewise, the metadata's has room for `count` of them.
             let meta = unsafe { first_meta.add(n) };
             // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };
@@ -238,6 +239,16 @@ impl PoolBuilder {
         }
         slot::register(shared);
         Ok(pool)
+    }
+}
+
+/// Where the buffer with number `n` is in a pool's memory, if each takes `stride` bytes. None reaches over the end of a
+/// 2 MiB page that it has room in: without an IOMMU, the next page is somewhere else.
+fn place(n: usize, stride: usize) -> usize {
+    const PAGE: usize = PageSize::Size2M.bytes() as usize;
+    match PAGE / stride {
+        0 => n.saturating_mul(stride),
+        in_a_page => (n / in_a_page).saturating_mul(PAGE).saturating_add(n % in_a_page * stride),
     }
 }
 

@@ -67,7 +67,7 @@ pub(crate) fn device_fd(group: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Er
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// What VFIO_IOMMU_GET_INFO says: a `vfio_iommu_type1_info` and the capabilities behind it.
+/// What `VFIO_IOMMU_GET_INFO` says: a `vfio_iommu_type1_info` and the capabilities behind it.
 pub(crate) fn iommu_info(container: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     // Asked a second time with the room that the first answer says it takes; it can not change meanwhile by more than what
     // other threads attach, so that a third and fourth time are enough.

@@ -148,7 +148,7 @@ struct Member {
 }
 
 impl Member {
-    /// Whether its driver keeps out of the group's DMA: there is none, it is one of VFIO's (vfio-pci, mlx5_vfio_pci and
+    /// Whether its driver keeps out of the group's DMA: there is none, it is one of VFIO's (vfio-pci, `mlx5_vfio_pci` and
     /// the like), or one that does none itself (Documentation/driver-api/vfio.rst; `driver_managed_dma` in the kernel).
     fn leaves_dma_to_us(&self) -> bool {
         self.driver.as_deref().is_none_or(|driver| {

@@ -9,12 +9,11 @@
 pub(crate) mod calls;
 mod explain;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::{Mode, OFlags};
 use vfio_bindings::bindings::vfio;
@@ -25,7 +24,7 @@ use crate::{Attachable, AttachableKind, Error, ErrorKind, Result};
 const FOLDER: &str = "/dev/vfio";
 
 /// What translates for a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// An IOMMU, by VFIO's type1 interface.
     Type1,
@@ -34,7 +33,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The number by which VFIO knows it, as extension and for VFIO_SET_IOMMU. Of type1 the second version: in it, what was
+    /// The number by which VFIO knows it, as extension and for `VFIO_SET_IOMMU`. Of type1 the second version: in it, what was
     /// mapped by one call is unmapped by one.
     const fn number(self) -> u32 {
         match self {
@@ -103,19 +102,20 @@ impl SpaceId {
 }
 
 /// The groups that this process has open.
-static OPEN: LazyLock<Mutex<HashMap<(Kind, u32), Weak<Group>>>> = LazyLock::new(Mutex::default);
+static OPEN: Mutex<Vec<Weak<Group>>> = Mutex::new(Vec::new());
 
 impl Group {
     /// The group with this number: opened, viable, in a container with its IOMMU; or the one that this process has open.
     pub(crate) fn open(kind: Kind, number: u32) -> Result<Arc<Self>> {
         // Held while the group is opened: of two threads, the second gets what the first has opened.
         let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(group) = all.get(&(kind, number)).and_then(Weak::upgrade) {
+        all.retain(|group| group.strong_count() > 0);
+        let is_this = |group: &Arc<Self>| group.kind == kind && group.number == number;
+        if let Some(group) = all.iter().filter_map(Weak::upgrade).find(is_this) {
             return Ok(group);
         }
         let group = Arc::new(Self::open_first(kind, number)?);
-        all.retain(|_, group| group.strong_count() > 0);
-        all.insert((kind, number), Arc::downgrade(&group));
+        all.push(Arc::downgrade(&group));
         Ok(group)
     }
 

@@ -59,6 +59,16 @@ pub struct Region {
     leaked: AtomicBool,
 }
 
+/// Whether regions have pages of 4 KiB only if those are asked for.
+static HUGE_PAGES_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// From now on, a region whose page size is not named has huge pages, however short it is: without an IOMMU, memory that the
+/// kernel may move can not be used.
+pub(crate) fn use_huge_pages_only() {
+    // It orders nothing: whoever builds a region for such a device has heard of the device.
+    HUGE_PAGES_ONLY.store(true, Ordering::Relaxed);
+}
+
 /// Whether anybody can claim a region.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Claim {
@@ -255,7 +265,8 @@ impl RegionBuilder {
     /// Asks for pages of exactly this size; without them [`build`](Self::build) fails.
     ///
     /// By default a region gets the largest that is not above its length and whose rounding wastes no more than
-    /// an eighth of it, and smaller ones, with a warning, where no such page is free.
+    /// an eighth of it, and smaller ones, with a warning, where no such page is free. In a process that has opened
+    /// [`noiommu`](crate::noiommu), the smallest are of 2 MiB.
     pub fn page_size(mut self, page_size: PageSize) -> Self {
         self.page_size = Some(page_size);
         self
@@ -304,7 +315,10 @@ impl RegionBuilder {
             (Backing::AnonymousHuge, _) => self.anonymous_huge(),
             (Backing::Memfd, Some(page_size)) => self.memfd(page_size),
             (Backing::Memfd, None) => {
-                let (region, refusal) = first_to_be_had(huge_pages_for(self.len), |size| self.memfd(size))?;
+                let huge_only = HUGE_PAGES_ONLY.load(Ordering::Relaxed);
+                let smallest = if huge_only { PageSize::Size2M } else { PageSize::Size4K };
+                let (region, refusal) =
+                    first_to_be_had(huge_pages_for(self.len), smallest, |size| self.memfd(size))?;
                 if let Some(error) = refusal {
                     warning.warn(&region, &error);
                 }
@@ -430,14 +444,15 @@ fn huge_pages_for(len: u64) -> impl Iterator<Item = PageSize> {
     })
 }
 
-/// What `attempt` makes of the first of the sizes `wanted` that are to be had, else of 4 KiB pages; and, if it fell
+/// What `attempt` makes of the first of the sizes `wanted` that are to be had, else of the `smallest`; and, if it fell
 /// back to smaller pages than the administrator could have provided, why the largest of those was refused.
 fn first_to_be_had<T>(
     wanted: impl Iterator<Item = PageSize>,
+    smallest: PageSize,
     attempt: impl Fn(PageSize) -> Result<T>,
 ) -> Result<(T, Option<Error>)> {
     let mut refusal = None;
-    for page_size in wanted {
+    for page_size in wanted.filter(|size| *size > smallest) {
         match attempt(page_size) {
             Ok(made) => return Ok((made, refusal)),
             // Pages that this machine can not have at all are nothing to complain about.
@@ -446,7 +461,7 @@ fn first_to_be_had<T>(
             Err(error) => return Err(error),
         }
     }
-    Ok((attempt(PageSize::Size4K)?, refusal))
+    Ok((attempt(smallest)?, refusal))
 }
 
 /// What the addresses of a region are aligned to. Regions of small pages too get it for 2 MiB if they have as

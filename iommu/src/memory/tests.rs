@@ -289,7 +289,7 @@ fn attempts(refused: Refused<'_>) -> Result<(PageSize, Option<String>)> {
         Some((_, kind)) => Err(Error::new(*kind, "try", format!("no {size}"))),
         None => Ok(size),
     };
-    let (size, refusal) = first_to_be_had(huge_pages_for(8 * GIB), attempt)?;
+    let (size, refusal) = first_to_be_had(huge_pages_for(8 * GIB), PageSize::Size4K, attempt)?;
     Ok((size, refusal.map(|error| error.to_string())))
 }
 

@@ -4,13 +4,15 @@
 //! missing: a wrong address is not stopped, [`Access`] rights are not kept, a device that is detached or whose memory is unmapped
 //! still reaches it, and goes on when this process has died.
 //!
-//! A device's address (an IOVA) is a physical one, from /proc/self/pagemap, which takes CAP_SYS_ADMIN. A region's pages are
+//! A device's address (an IOVA) is a physical one, from /proc/self/pagemap, which takes `CAP_SYS_ADMIN`. A region's pages are
 //! anywhere: [`Mapping::pages`](crate::Mapping::pages) has an address for each, and only memory whose pages are neighbours
-//! is handed to a device. Nothing pins the pages, so they must be some that the kernel leaves where they are: huge pages
-//! of hugetlbfs, which are not swapped, compacted or balanced between nodes. Pages of 4 KiB are refused, since all of
-//! that moves them, mlock(2) or not. What still moves huge pages is the administrator: with move_pages(2) or migratepages(8),
-//! by taking memory offline, or by asking for gigantic pages or CMA memory at run time. Unmapping a region looks whether it
-//! was moved meanwhile, and says so in the log.
+//! is handed to a device.
+//!
+//! Nothing pins the pages, so they must be some that the kernel leaves where they are: huge pages of hugetlbfs, which are not
+//! swapped, compacted or balanced between nodes. Pages of 4 KiB are refused, since all of that moves them, mlock(2) or not. So
+//! once this backend is open, regions of this process have huge pages, short ones too, unless their page size is named. What
+//! still moves huge pages is the administrator: with `move_pages(2)` or migratepages(8), by taking memory offline, or by asking
+//! for gigantic pages or CMA memory at run time. Unmapping a region looks whether it was moved meanwhile, and says so.
 //!
 //! Sources: Linux 7.3, Documentation/driver-api/vfio.rst, Documentation/admin-guide/mm/pagemap.rst.
 
@@ -22,6 +24,7 @@ use crate::group::{Group, Kind, SpaceId};
 use crate::{
     Access, Attachable, Attachment, AttachmentOps, Capabilities, Error, ErrorKind, Ioas, IoasOps,
     IommuBackend, Iova, IovaRange, PageSizes, Pasid, Region, Result, SvaToken, UnprotectedDma, Vendor, group,
+    memory,
 };
 
 /// The backend.
@@ -31,13 +34,14 @@ pub struct Noiommu {
 }
 
 impl Noiommu {
-    /// Looks whether the kernel allows it and tells physical addresses.
+    /// Looks whether the kernel allows it. From now on, regions of this process have pages of 2 MiB at least.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the kernel does not (vfio.enable_unsafe_noiommu_mode=1);
-    /// [`ErrorKind::Permission`] for a process without CAP_SYS_ADMIN and CAP_SYS_RAWIO.
+    /// [`ErrorKind::Unsupported`] where the kernel does not (`vfio.enable_unsafe_noiommu_mode=1`);
+    /// [`ErrorKind::Permission`] for a process without `CAP_SYS_ADMIN` and `CAP_SYS_RAWIO`.
     pub fn open(token: UnprotectedDma) -> Result<Self> {
         Kind::Noiommu.container()?;
+        memory::use_huge_pages_only();
         Ok(Self { _responsible: token })
     }
 
@@ -45,7 +49,7 @@ impl Noiommu {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if none of its devices is bound to VFIO; [`ErrorKind::Busy`] if another process
-    /// has it; [`ErrorKind::Permission`] for a process without CAP_SYS_RAWIO.
+    /// has it; [`ErrorKind::Permission`] for a process without `CAP_SYS_RAWIO`.
     pub fn group(&self, number: u32) -> Result<Arc<Group>> {
         Group::open(Kind::Noiommu, number)
     }

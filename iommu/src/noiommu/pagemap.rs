@@ -12,7 +12,7 @@ const BASE_PAGE: u64 = PageSize::Size4K.bytes();
 const ENTRY: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-/// The page's frame number; all zeroes for a process without CAP_SYS_ADMIN.
+/// The page's frame number; all zeroes for a process without `CAP_SYS_ADMIN`.
 const FRAME: u64 = (1 << 55) - 1;
 
 /// Where each of the region's pages is.
@@ -75,7 +75,8 @@ fn frame(entry: u64) -> Result<u64, Untold> {
     }
     match entry & FRAME {
         0 => Err(Untold::Secret),
-        frame => Ok(frame * BASE_PAGE),
+        // A processor's physical addresses have 52 bits at most.
+        frame => frame.checked_mul(BASE_PAGE).ok_or(Untold::Absent),
     }
 }
 
@@ -97,5 +98,31 @@ fn untold(region: &Region, why: Untold) -> Error {
         Untold::NotHuge => {
             Error::new(ErrorKind::Os, operation(region), "a huge page is not in one piece of memory")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_a_frame_a_secret_or_nothing() {
+        // Bits as the document has them: 63 present, 62 swapped, 61 of a file, 56 mapped once, 55 soft-dirty.
+        let flags = 1 << 63 | 1 << 61 | 1 << 56 | 1 << 55;
+        assert_eq!(frame(flags | 0x12_3456), Ok(0x1_2345_6000));
+        assert_eq!(frame(flags | ((1 << 40) - 1)), Ok(0xf_ffff_ffff_f000));
+        assert_eq!(frame(flags | ((1 << 55) - 1)), Err(Untold::Absent), "past the end of all addresses");
+        assert_eq!(frame(flags), Err(Untold::Secret));
+        assert_eq!(frame(0), Err(Untold::Absent));
+        assert_eq!(frame(1 << 62 | 0x12_3456), Err(Untold::Absent), "swapped out");
+        assert_eq!(frame(0x12_3456), Err(Untold::Absent));
+    }
+
+    #[test]
+    fn memory_that_may_move_is_refused_with_the_mend() {
+        let region = Region::builder(4 << 20).page_size(PageSize::Size4K).build().unwrap();
+        let error = pages(&region).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.mend_text().is_some_and(|mend| mend.contains("vm.nr_hugepages")), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! What VFIO_IOMMU_GET_INFO says (include/uapi/linux/vfio.h, Linux 7.3: `struct vfio_iommu_type1_info` and its capabilities).
+//! What `VFIO_IOMMU_GET_INFO` says (include/uapi/linux/vfio.h, Linux 7.3: `struct vfio_iommu_type1_info` and its capabilities).
 //!
 //! It is bytes from elsewhere: nothing in it is believed without a look at where it ends.
 
@@ -27,7 +27,7 @@ pub(super) struct Info {
 }
 
 impl Info {
-    /// What `bytes`, the answer to VFIO_IOMMU_GET_INFO, say. What lies outside of them is not there.
+    /// What `bytes`, the answer to `VFIO_IOMMU_GET_INFO`, say. What lies outside of them is not there.
     pub(super) fn parse(bytes: &[u8]) -> Self {
         let flags = word(bytes, 4).unwrap_or(0);
         let sizes = if flags & vfio::VFIO_IOMMU_INFO_PGSIZES == 0 { None } else { long(bytes, 8) };

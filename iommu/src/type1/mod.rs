@@ -4,10 +4,10 @@
 //! The kernel charges mapped memory to the process's memlock limit, once for each group that it is mapped for, and
 //! takes at most 65,535 mappings of a group unless told otherwise (`dma_entry_limit`).
 //!
-//! Dirty tracking is not offered: the interface has it (VFIO_IOMMU_DIRTY_PAGES), but reports all memory that a device
+//! Dirty tracking is not offered: the interface has it (`VFIO_IOMMU_DIRTY_PAGES`), but reports all memory that a device
 //! has mapped as written, as the IOMMU itself is not asked.
 //!
-//! Sources: Linux 7.3, include/uapi/linux/vfio.h, and drivers/vfio/vfio_iommu_type1.c for its limits.
+//! Sources: Linux 7.3, include/uapi/linux/vfio.h, and `drivers/vfio/vfio_iommu_type1.c` for its limits.
 
 mod info;
 
@@ -277,7 +277,7 @@ fn map_error(group: &Group, iova: Iova, region: &Region, errno: Errno) -> Error 
     }
 }
 
-/// What the kernel charges this process for memory that is locked (`VmLck` in proc_pid_status(5)): what type1 adds to.
+/// What the kernel charges this process for memory that is locked (`VmLck` in `proc_pid_status(5)`): what type1 adds to.
 fn locked_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib =
