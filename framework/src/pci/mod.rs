@@ -222,6 +222,8 @@ impl PciDevice {
 
     /// Its interrupt vectors from 0 to `count` - 1, signalled from now on. Those asked for before fall silent.
     ///
+    /// A message-signalled interrupt is a write of the device's: it takes bus mastering.
+    ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if it has fewer; the kernel's refusal.
     pub fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {

@@ -202,10 +202,10 @@ impl PoolBuilder {
         };
         let stride = (buffer_len as usize).next_multiple_of(64);
         // Too many for any memory is what the region says.
+        let bytes = place(count - 1, stride).saturating_add(stride);
         let meta_bytes =
             size_of::<Meta>().saturating_mul(count).checked_next_power_of_two().unwrap_or(usize::MAX);
-        let buffer_bytes = place(count - 1, stride).saturating_add(stride);
-        let (buffers, meta) = (allocate(buffer_bytes)?, allocate(meta_bytes)?);
+        let (buffers, meta) = (allocate(bytes)?, allocate(meta_bytes)?);
         let region = u16::try_from(buffers.region().id().index()).map_err(|_| {
             Error::new(ErrorKind::NoMemory, format!("make pool {name}"), "there are 65536 regions already")
                 .mend("use fewer and larger pools and buffers")
@@ -230,7 +230,7 @@ impl PoolBuilder {
         for n in 0..count {
             // SAFETY: the region, which the pointer is good for, reaches to the end of the last buffer's place.
             let buffer = unsafe { first_buffer.add(place(n, stride)) };
-            // SAFETY: likewise, the metadata's has room for `count` of them.
+            // SAFETY: likewise, the region of the metadata has room for `count` of them.
             let meta = unsafe { first_meta.add(n) };
             // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };

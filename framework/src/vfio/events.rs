@@ -48,15 +48,14 @@ pub(super) struct Events {
 impl Events {
     /// Watches what the device has of these.
     pub(super) fn watch(name: &str, handle: &Handle) -> Result<Self> {
-        let named = |error: Error| error.device(name.to_owned());
         let mut watched = Vec::new();
         for (irq, gone) in [(Irq::Request, Gone::Asked), (Irq::Error, Gone::Failed)] {
             let count = ioctl::irq_count(handle, irq)
-                .map_err(|error| named(Error::os("ask for its events", "the kernel refuses", error)))?;
+                .map_err(|error| Error::os("ask what events the device has", "the kernel refuses", error))?;
             if count == 0 {
                 continue;
             }
-            let event = Interrupt::new().map_err(named)?;
+            let event = Interrupt::new()?;
             match ioctl::set_irqs(handle, irq, &[event.as_fd()]) {
                 Ok(_) => watched.push((event, gone)),
                 Err(error) => tracing::warn!(
@@ -64,7 +63,7 @@ impl Events {
                 ),
             }
         }
-        let (gone, stop) = (Arc::new(AtomicU8::new(0)), Arc::new(Interrupt::new().map_err(named)?));
+        let (gone, stop) = (Arc::new(AtomicU8::new(0)), Arc::new(Interrupt::new()?));
         let this =
             |thread| Self { gone: Arc::clone(&gone), stop: Arc::clone(&stop), thread: Mutex::new(thread) };
         if watched.is_empty() {
@@ -74,9 +73,9 @@ impl Events {
         let run = move || sleep(&device, &stop, &watched, &state);
         // The kernel keeps 15 bytes of a name.
         let thread = std::thread::Builder::new().name("vfio events".into()).spawn(run);
-        thread.map(|thread| this(Some(thread))).map_err(|error| {
-            named(Error::os("watch the device", "the operating system starts no thread", error))
-        })
+        thread
+            .map(|thread| this(Some(thread)))
+            .map_err(|error| Error::os("watch the device", "the operating system starts no thread", error))
     }
 
     /// Whether the device is gone, and why.

@@ -42,17 +42,39 @@ pub struct Options {
     pub vf_token: Option<[u8; 16]>,
     /// Also open a device that no IOMMU holds.
     pub unprotected: Option<UnprotectedDma>,
-    /// Open it by its group, with a type1 container, even where it has a character device: as on kernels that have
-    /// only that.
-    pub prefer_group: bool,
 }
 
 /// BARs of a PCI function.
 const BARS: usize = 6;
 
+/// The devices that this process has open: a group would open one a second time.
+static OPEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// A device's place among those that are open.
+#[derive(Debug)]
+struct Claim(String);
+
+impl Claim {
+    fn new(name: &str) -> Result<Self> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.iter().any(|other| other == name) {
+            return Err(Error::new(ErrorKind::Busy, "open the device", "this process has it open already")
+                .device(name.to_owned())
+                .mend("name each device once"));
+        }
+        open.push(name.to_owned());
+        Ok(Self(name.to_owned()))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).retain(|name| *name != self.0);
+    }
+}
+
 /// An open VFIO device.
 pub(crate) struct Device {
-    name: String,
     events: Events,
     handle: Arc<Handle>,
     iommu: Box<dyn IommuBackend>,
@@ -64,36 +86,32 @@ pub(crate) struct Device {
     numa_node: Option<u32>,
     /// A failed access was logged; the others are not.
     complained: AtomicBool,
+    /// Given up when all else is closed. It has the name.
+    claim: Claim,
 }
 
 impl Device {
     /// Asks the device what it has.
     fn new(
-        name: String,
+        claim: Claim,
         handle: Handle,
         iommu: Box<dyn IommuBackend>,
         numa_node: Option<u32>,
     ) -> Result<Self> {
-        let failed = |what: &'static str| {
-            let name = name.clone();
-            move |error: io::Error| Error::os(what, "the kernel refuses", error).device(name.clone())
-        };
-        let info = ioctl::device_info(&handle).map_err(failed("ask what the device is"))?;
+        let refused = |what| move |error: io::Error| Error::os(what, "the kernel refuses", error);
+        let info = ioctl::device_info(&handle).map_err(refused("ask what the device is"))?;
         if !info.is_pci {
             return Err(Error::new(ErrorKind::Unsupported, "open the device", "it is no PCI device")
-                .device(name)
                 .mend("use one that underpass devices lists"));
         }
         let region = |index: u32| {
-            let said =
-                ioctl::region_info(&handle, index).map_err(failed("ask what regions the device has"))?;
-            RegionInfo::parse(&said).ok_or_else(|| {
+            let said = ioctl::region_info(&handle, index);
+            RegionInfo::parse(&said.map_err(refused("ask what regions the device has"))?).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Device,
                     format!("use region {index} of the device"),
                     "what the kernel says of it makes no sense",
                 )
-                .device(name.clone())
             })
         };
         let mut bars: [RegionInfo; BARS] = Default::default();
@@ -101,9 +119,8 @@ impl Device {
             *bar = region(index)?;
         }
         let config = region(vfio::VFIO_PCI_CONFIG_REGION_INDEX)?;
-        let events = Events::watch(&name, &handle)?;
+        let events = Events::watch(&claim.0, &handle)?;
         Ok(Self {
-            name,
             events,
             handle: Arc::new(handle),
             iommu,
@@ -113,6 +130,7 @@ impl Device {
             can_reset: info.can_reset,
             numa_node,
             complained: AtomicBool::new(false),
+            claim,
         })
     }
 
@@ -158,7 +176,7 @@ impl Device {
         if !self.complained.swap(true, Ordering::Relaxed) {
             tracing::error!(
                 "{}: cannot {access} at {offset:#x}: {done:?}; later ones are not logged",
-                self.name
+                self.name()
             );
         }
     }
@@ -168,11 +186,11 @@ impl Device {
     }
 
     fn os(&self, operation: impl Into<String>, why: &'static str, error: io::Error) -> Error {
-        Error::os(operation.into(), why, error).device(self.name.clone())
+        Error::os(operation.into(), why, error).device(self.name().to_owned())
     }
 
     fn error(&self, kind: ErrorKind, operation: impl Into<String>, why: impl Into<String>) -> Error {
-        Error::new(kind, operation.into(), why.into()).device(self.name.clone())
+        Error::new(kind, operation.into(), why.into()).device(self.name().to_owned())
     }
 
     fn disable(&self, vectors: &mut Option<Irq>) -> Result<()> {
@@ -193,7 +211,7 @@ impl Device {
             }
             most = most.max(there as usize);
         }
-        Err(too_few_vectors(count, most).device(self.name.clone()))
+        Err(too_few_vectors(count, most).device(self.name().to_owned()))
     }
 }
 
@@ -241,7 +259,7 @@ impl Line for Handle {
 
 impl Function for Device {
     fn name(&self) -> &str {
-        &self.name
+        &self.claim.0
     }
 
     fn kind(&self) -> AttachableKind<'_> {
@@ -324,7 +342,7 @@ impl Function for Device {
     }
 
     fn failure(&self) -> Option<Error> {
-        self.events.gone().map(|gone| gone.error().device(self.name.clone()))
+        self.events.gone().map(|gone| gone.error().device(self.name().to_owned()))
     }
 
     fn numa_node(&self) -> Option<u32> {
@@ -334,6 +352,6 @@ impl Function for Device {
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "vfio::Device({}, {:?})", self.name, self.handle)
+        write!(f, "vfio::Device({}, {:?})", self.name(), self.handle)
     }
 }

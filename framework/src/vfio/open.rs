@@ -13,7 +13,7 @@ use underpass_iommu::type1::Type1;
 use underpass_iommu::{Error, ErrorKind, IommuBackend, Result};
 
 use super::ioctl::Handle;
-use super::{Device, Options};
+use super::{Claim, Device, Options};
 use crate::bar::Bar;
 use crate::pci::PciAddress;
 use crate::pci::host::{Host, HostDevice};
@@ -80,9 +80,13 @@ pub(crate) fn open_mdev(uuid: &str, options: &Options) -> Result<Opened> {
 }
 
 impl Place {
-    fn open(self, options: &Options) -> Result<Opened> {
-        let (handle, iommu) = self.handle(options).map_err(|error| error.device(self.name.clone()))?;
-        let device = Arc::new(Device::new(self.name, handle, iommu, self.numa_node)?);
+    fn open(&self, options: &Options) -> Result<Opened> {
+        let claim = Claim::new(&self.name)?;
+        let device = self
+            .handle(options)
+            .and_then(|(handle, iommu)| Device::new(claim, handle, iommu, self.numa_node))
+            .map_err(|error| error.device(self.name.clone()))?;
+        let device = Arc::new(device);
         let bars = device.map_bars();
         Ok((device, bars))
     }
@@ -94,9 +98,7 @@ impl Place {
             let group = noiommu.group(self.group()?)?;
             return Ok((self.in_group(group, options)?, Box::new(noiommu)));
         }
-        if !options.prefer_group
-            && let Some((cdev, iommufd)) = self.by_cdev()?
-        {
+        if let Some((cdev, iommufd)) = self.by_cdev()? {
             let bound = iommufd.bind(cdev, &self.name, options.vf_token)?;
             return Ok((Handle::cdev(bound), Box::new(iommufd)));
         }

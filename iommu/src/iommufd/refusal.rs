@@ -234,10 +234,11 @@ struct Limit {
 impl Limit {
     fn read() -> Self {
         let text = |path| fs::read_to_string(path).unwrap_or_default();
-        Self::parse(&text("/proc/self/limits"), &text("/proc/self/status"))
+        // Capabilities are a thread's.
+        Self::parse(&text("/proc/self/limits"), &text("/proc/thread-self/status"))
     }
 
-    /// From the texts of /proc/self/limits and /proc/self/status.
+    /// From the texts of /proc/self/limits and /proc/thread-self/status.
     fn parse(limits: &str, status: &str) -> Self {
         /// Whoever has it locks as much as it likes (capabilities(7)).
         const CAP_IPC_LOCK: u32 = 14;
@@ -365,3 +366,6 @@ pub(super) fn bind(error: io::Error, group: &Group, with_token: bool) -> Error {
     };
     Error::os("bind the device to an iommufd", why, error).of_kind(kind).mend(mend)
 }
+
+#[cfg(test)]
+mod tests;

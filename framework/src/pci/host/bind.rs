@@ -358,9 +358,6 @@ fn refused(
 /// The first few of a list that may be long.
 fn some_of(lines: &[String]) -> String {
     const SHOWN: usize = 4;
-    let mut shown = lines[..lines.len().min(SHOWN)].join(", ");
-    if lines.len() > SHOWN {
-        shown += &format!(", and {} more", lines.len() - SHOWN);
-    }
-    shown
+    let shown = lines[..lines.len().min(SHOWN)].join(", ");
+    if lines.len() > SHOWN { format!("{shown}, and {} more", lines.len() - SHOWN) } else { shown }
 }
