@@ -457,3 +457,35 @@ fn many_maps_and_unmaps_leave_exactly_what_should_be_there() {
         }
     });
 }
+
+/// Whoever copies a region from another space races with who unmaps it there.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn threads_map_the_same_regions_into_spaces_of_their_own() {
+    with_mock(|rig| {
+        let regions = [small(1), small(40), huge(1)];
+        let before = pinned_bytes();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let regions = &regions;
+                scope.spawn(move || {
+                    let device = rig.device(0);
+                    let ioas = rig.ioas();
+                    let _attachment = ioas.attach(&device, None).unwrap();
+                    let table = device.page_table(None).unwrap();
+                    for n in 0..150 {
+                        let region = &regions[(thread + n) % regions.len()];
+                        let access = if n % 4 == 0 { Access::READ } else { Access::READ_WRITE };
+                        let mapping = ioas.map(region, access).unwrap();
+                        assert!(rig.maps(table, &mapping));
+                        let iova = mapping.iova();
+                        mapping.unmap().unwrap();
+                        assert!(!rig.maps_any_at(table, iova, region));
+                    }
+                });
+            }
+        });
+        assert_eq!(pinned_bytes(), before);
+        assert!(rig.kernel.pins(&regions[1], 0));
+    });
+}
