@@ -7,7 +7,7 @@ use underpass_iommu::iommufd::{Memlock, Options};
 use underpass_iommu::{Access, ErrorKind, Iova, PageSize};
 
 use crate::kernel::{NO_DIRTY_TRACKING, limit_locked_memory, set_locked_memory_limit};
-use crate::rig::{huge, map, pinned_bytes, small, with_leftovers, with_mock, with_options};
+use crate::rig::{anonymous, huge, map, pinned_bytes, small, with_leftovers, with_mock, with_options};
 
 const MIB: u64 = 1 << 20;
 
@@ -20,7 +20,7 @@ fn every_page_of_a_region_is_translated_to_its_own() {
         let _attachment = ioas.attach(&device, None).unwrap();
         let table = device.page_table(None).unwrap();
         let before = pinned_bytes();
-        for region in [small(1), small(2), small(511), small(1025), huge(1), huge(3)] {
+        for region in [small(1), small(2), small(511), small(1025), huge(1), huge(3), anonymous(2)] {
             let mapping = map(&ioas, &region);
             assert!(mapping.iova().is_aligned_to(region.page_size().bytes()));
             assert!(rig.maps(table, &mapping), "{mapping:?}");
@@ -98,7 +98,7 @@ fn a_region_in_several_spaces_is_pinned_and_charged_once() {
             let attachments = [0, 1, 2].map(|n| spaces[n].attach(&devices[n], None).unwrap());
             let tables = [0, 1, 2].map(|n| devices[n].page_table(None).unwrap());
             let before = pinned_bytes();
-            for region in [small(300), huge(1)] {
+            for region in [small(300), huge(1), anonymous(1)] {
                 let is_small = region.page_size() == PageSize::Size4K;
                 let mut mappings = [0, 1, 2].map(|n| Some(map(&spaces[n], &region)));
                 assert_eq!(pinned_bytes() - before, region.len());
