@@ -118,7 +118,7 @@ fn an_interrupt_arrives_until_others_are_asked_for() {
     assert_eq!(edu.device.interrupts(0).unwrap().len(), 0);
 }
 
-/// igb's registers (Intel 82576 datasheet, 8.8): GPIE.Multiple_MSIX, EIMS, and EICS, which raises causes.
+/// igb's registers (Intel 82576 datasheet, 8.8): GPIE with its bit for several vectors, EIMS, and EICS, which raises causes.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn message_signalled_interrupts_are_told_apart_and_survive_a_reset() {
@@ -241,7 +241,7 @@ fn open_and_tell() {
             Ok(_) => "opened".to_owned(),
             Err(error) => format!("{error:?}"),
         };
-        write!(std::io::stdout(), "\n{told}\n").unwrap();
+        std::io::stdout().write_all(format!("\n{told}\n").as_bytes()).unwrap();
     }
 }
 
@@ -292,7 +292,8 @@ fn what_is_not_there_or_not_ours_is_an_error() {
         "{theirs}"
     );
     if row() == "noiommu" {
-        let protected = PciDevice::open(address("UNDERPASS_EDU"), &Default::default()).unwrap_err();
+        let protected =
+            PciDevice::open(address("UNDERPASS_EDU"), &underpass::vfio::Options::default()).unwrap_err();
         assert_eq!(protected.kind(), ErrorKind::Permission);
         assert!(protected.to_string().contains("--allow-unsafe-noiommu"), "{protected}");
     }
@@ -350,12 +351,8 @@ fn a_mediated_device_opens_and_answers() {
     port.write8(SCRATCH, 0x5a);
     assert_eq!(port.read8(SCRATCH), 0x5a);
     assert!(port.can_post64().is_err());
-    let ioas = device.iommu().alloc_ioas().unwrap();
-    let attachment = ioas.attach(&device, None);
-    if row() != "type1" {
-        drop(attachment);
-    }
-    drop((port, device));
+    let attached = device.iommu().alloc_ioas().unwrap().attach(&device, None).unwrap();
+    drop((attached, port, device));
     fs::write(format!("/sys/bus/mdev/devices/{UUID}/remove"), "1").unwrap();
     let error = PciDevice::open_mdev(UUID, &options()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
