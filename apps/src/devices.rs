@@ -30,6 +30,7 @@ struct Report {
 
 /// A device. The keys up to `driver` are relied on by others: more may be added, none renamed.
 #[derive(Debug, Serialize)]
+#[allow(clippy::struct_field_names, reason = "the keys are given")]
 struct Device {
     address: String,
     /// Ids and class as `lspci -n` writes them, the class with its programming interface: "8086", "0b25", "088000".
@@ -103,20 +104,22 @@ fn report(host: &Host, names: &PciNames, all: bool) -> anyhow::Result<Report> {
 }
 
 fn text(report: &Report) -> String {
-    let mut text = if report.devices.is_empty() {
+    let list = if report.devices.is_empty() {
         "No PCI device that a driver here knows, no network device and no accelerator.\n".to_owned()
     } else {
         table(&report.devices)
     };
     let command = crate::command_name();
-    if report.others > 0 {
-        text += &format!("\n{} more: {command} devices --all\n", report.others);
-    }
+    let more = match report.others {
+        0 => String::new(),
+        count => format!("\n{count} more: {command} devices --all\n"),
+    };
     let is_waiting = |device: &&Device| device.driver.is_some() && !device.is_bound;
-    if let Some(device) = report.devices.iter().find(is_waiting) {
-        text += &format!("\nTo drive one from user space: sudo {command} bind {}\n", device.address);
-    }
-    text
+    let next =
+        report.devices.iter().find(is_waiting).map(|device| {
+            format!("\nTo drive one from user space: sudo {command} bind {}\n", device.address)
+        });
+    list + &more + &next.unwrap_or_default()
 }
 
 fn table(devices: &[Device]) -> String {

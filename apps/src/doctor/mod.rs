@@ -91,8 +91,8 @@ fn checks(host: &Host) -> Vec<Check> {
         protection::pasid(host),
         access::vfio(host),
         access::denylist(host),
-        access::iommufd(host),
-        access::noiommu(host),
+        access::address_spaces(host),
+        access::unprotected(host),
         access::permissions(host),
         devices(host),
         memory::huge_pages(host),
@@ -140,7 +140,10 @@ impl Report {
         for check in &self.checks {
             table.add_row([check.status.name(), check.name, &check.found]);
             if let Some(mend) = &check.mend {
-                table.add_row(["", "", &format!("mend: {mend}")]);
+                // Each way to mend it in a line of its own.
+                for (at, way) in mend.split("; ").enumerate() {
+                    table.add_row(["", "", &format!("{} {way}", if at == 0 { "mend:" } else { "     " })]);
+                }
             }
         }
         let lines: String = table.lines().map(|line| line.trim_end().to_owned() + "\n").collect();

@@ -8,10 +8,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use underpass_iommu::iommufd::{Iommufd, Options};
-use underpass_iommu::{Access, Attachment, Ioas, IommuBackend, Pasid, Region, Result};
+use underpass_iommu::{
+    Access, Attachment, Ioas, IommuBackend, Iova, IovaRange, PageSize, Pasid, Region, Result,
+};
 
 use crate::kernel::HAS_PASIDS;
-use crate::rig::{MockDevice, Rig, huge, map, pasid, pinned_bytes, small, with_options};
+use crate::rig::{MockDevice, Rig, huge, map, pasid, pinned_bytes, small, with_leftovers, with_options};
 
 /// Has the `nth` of what can fail in this thread's system calls fail, while `operation` runs. Returns its result, and
 /// whether it came that far.
@@ -234,6 +236,28 @@ fn mapping() {
     }
 }
 
+/// What may only be read is pinned aside and copied.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn mapping_for_reading() {
+    at_every_place(
+        &Options::default(),
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            (two, attachment, small(600))
+        },
+        |_, (two, _, region)| two.spaces[0].map(region, Access::READ),
+        |_, (two, ..)| assert_eq!(pinned_bytes(), two.pinned),
+        |rig, (two, _, region), mapping| {
+            assert!(rig.maps(two.table(0), mapping));
+            assert_eq!(pinned_bytes() - two.pinned, region.len());
+            drop(map(&two.spaces[0], region));
+            assert!(rig.maps(two.table(0), mapping));
+        },
+    );
+}
+
 /// A region that another space has already is copied from there.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
@@ -263,29 +287,40 @@ fn mapping_into_a_second_space() {
     }
 }
 
-/// The kernel keeps what it needs for unmapping, so that this never fails for want of memory.
+/// The kernel keeps what it needs for unmapping, so that this never fails for want of memory. Where it fails all the same,
+/// all stays as it is: the memory is not given back, and its addresses are not used again.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn unmapping() {
+    let_allocations_fail();
     for copied in [false, true] {
-        at_every_place(
-            &Options::default(),
-            |rig| {
+        let (mut errors, mut nth, mut again) = (0, 1, true);
+        while again {
+            with_leftovers(|rig| {
                 let two = Two::new(rig);
-                let attachments = [0, 1].map(|n| two.attach(n, None).unwrap());
+                let _attachments = [0, 1].map(|n| two.attach(n, None).unwrap());
                 let mapping = map(&two.spaces[0], &small(600));
                 let copy = copied.then(|| map(&two.spaces[1], mapping.region()));
-                let place = (mapping.iova(), Arc::clone(mapping.region()));
-                (two, attachments, std::cell::Cell::new(Some(mapping)), copy, place)
-            },
-            |_, (_, _, mapping, ..)| mapping.take().map_or(Ok(()), underpass_iommu::Mapping::unmap),
-            |_, _| panic!("it failed"),
-            |rig, (two, _, _, copy, (iova, region)), ()| {
-                assert!(!rig.maps_any_at(two.table(0), *iova, region));
-                assert_eq!(pinned_bytes() - two.pinned, if copied { region.len() } else { 0 });
+                let (iova, region) = (mapping.iova(), Arc::clone(mapping.region()));
+                let (result, struck) = fail_nth(nth, || mapping.unmap());
+                again = struck;
+                let is_mapped = rig.maps_any_at(two.table(0), iova, &region);
+                assert_eq!(is_mapped, result.is_err());
+                assert_eq!(pinned_bytes() - two.pinned, if copied || is_mapped { region.len() } else { 0 });
                 assert!(copy.as_ref().is_none_or(|copy| rig.maps(two.table(1), copy)));
-            },
-        );
+                if let Err(error) = &result {
+                    errors += 1;
+                    assert!(error.mend_text().is_some(), "{error}");
+                    assert!(rig.maps_at(two.table(0), iova, &region), "all of it stays");
+                }
+                let next = map(&two.spaces[0], &small(600));
+                assert_eq!(next.iova() == iova, !is_mapped, "addresses that are taken are not given out");
+                assert!(rig.maps(two.table(0), &next));
+            });
+            nth += 1;
+        }
+        report(nth - 2, errors);
+        assert!(errors <= 1, "only the space's number can be wrong");
     }
 }
 
@@ -313,4 +348,69 @@ fn detaching() {
             },
         );
     }
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn telling_requests() {
+    at_every_place(
+        &everything(),
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            for page in 1..=3 {
+                rig.kernel.request_page(two.devices[0].ids(), None, Iova::new(page * 4096), 1).unwrap();
+            }
+            (two, attachment)
+        },
+        |_, (_, attachment)| attachment.next_fault(),
+        |_, _| (),
+        |_, (_, attachment), first| {
+            let others = std::iter::from_fn(|| attachment.next_fault().unwrap());
+            let told: Vec<_> = first.iter().cloned().chain(others).map(|fault| fault.iova.get()).collect();
+            assert_eq!(told, [4096, 8192, 12288], "none is lost, and none told twice");
+        },
+    );
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn telling_written_pages() {
+    let options = Options { huge_pages: false, ..everything() };
+    at_every_place(
+        &options,
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            let mapping = map(&two.spaces[0], &small(3));
+            (two, attachment, mapping)
+        },
+        |_, (_, attachment, _)| attachment.track_dirty(true),
+        |_, _| (),
+        |rig, (two, attachment, mapping), ()| {
+            rig.kernel.set_dirty(two.table(0), mapping.iova(), 4096, &[0b101]).unwrap();
+            let range = IovaRange::sized(mapping.iova(), 3 * 4096).unwrap();
+            let told = attachment.dirty_pages(range, PageSize::Size4K, true).unwrap();
+            assert_eq!(told, [range.first, range.first.wrapping_add(8192)]);
+        },
+    );
+    at_every_place(
+        &options,
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            attachment.track_dirty(true).unwrap();
+            let mapping = map(&two.spaces[0], &small(3));
+            rig.kernel.set_dirty(two.table(0), mapping.iova(), 4096, &[0b110]).unwrap();
+            (two, attachment, mapping)
+        },
+        |_, (_, attachment, mapping)| {
+            let range = IovaRange::sized(mapping.iova(), 3 * 4096).unwrap();
+            attachment.dirty_pages(range, PageSize::Size4K, false)
+        },
+        |_, _| (),
+        |_, (_, _, mapping), told| {
+            assert_eq!(*told, [1, 2].map(|page| mapping.iova().wrapping_add(page * 4096)));
+        },
+    );
 }

@@ -4,8 +4,10 @@
 //! The mock is the kernel's iommufd with another page table beneath: everything that iommufd itself does is real.
 #![allow(clippy::unwrap_used, reason = "tests: an Err is the failure")]
 
+mod dirty;
 mod injected;
 mod kernel;
 mod mapping;
 mod pasids;
+mod requests;
 mod rig;

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use underpass_iommu::iommufd::{Memlock, Options};
 use underpass_iommu::{Access, ErrorKind, Iova, IovaRange, PageSize};
 
-use crate::kernel::{APERTURE, NO_DIRTY_TRACKING};
-use crate::rig::{huge, map, pinned_bytes, small, with_mock};
+use crate::kernel::{APERTURE, NO_DIRTY_TRACKING, limit_locked_memory, set_locked_memory_limit};
+use crate::rig::{huge, map, pinned_bytes, small, with_leftovers, with_mock, with_options};
 
 const MIB: u64 = 1 << 20;
 
@@ -164,6 +165,137 @@ fn what_may_only_be_read_is_not_written() {
         let iova = writable.iova();
         drop(writable);
         assert_eq!(rig.kernel.read(space, iova).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    });
+}
+
+/// The kernel lets nobody write by a copy what the first mapping was not to be written by.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn what_was_mapped_for_reading_can_be_mapped_for_writing_elsewhere() {
+    for reader_goes_first in [false, true] {
+        with_mock(|rig| {
+            let devices = [(); 2].map(|()| rig.device(0));
+            let spaces = [(); 2].map(|()| rig.ioas());
+            let _attachments = [0, 1].map(|n| spaces[n].attach(&devices[n], None).unwrap());
+            let tables = [0, 1].map(|n| devices[n].page_table(None).unwrap());
+            let before = pinned_bytes();
+            let region = small(5);
+            let reader = spaces[0].map(&region, Access::READ).unwrap();
+            let writer = map(&spaces[1], &region);
+            assert_eq!(pinned_bytes() - before, region.len());
+            let space = rig.ioas_of(tables[1]);
+            rig.kernel.write(space, writer.iova(), 7).unwrap();
+            let space = rig.ioas_of(tables[0]);
+            assert_eq!(rig.kernel.read(space, reader.iova()).unwrap(), 7);
+            assert_eq!(
+                rig.kernel.write(space, reader.iova(), 7).unwrap_err().raw_os_error(),
+                Some(libc::EPERM)
+            );
+            let (table, stays) = if reader_goes_first {
+                drop(reader);
+                (tables[1], writer)
+            } else {
+                drop(writer);
+                (tables[0], reader)
+            };
+            assert!(rig.maps(table, &stays));
+            assert_eq!(pinned_bytes() - before, region.len());
+            drop(stays);
+            assert_eq!(pinned_bytes(), before);
+            assert!(rig.kernel.pins(&region, 0));
+        });
+    }
+}
+
+/// The limit of locked memory is the user's, so that a region in many spaces must not use it up.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn what_does_not_fit_the_limit_of_locked_memory_is_told_with_the_number_that_would() {
+    for memlock in [Memlock::User, Memlock::Process] {
+        with_options(Options { memlock, ..Options::default() }, |rig| {
+            let devices = [(); 3].map(|()| rig.device(0));
+            let spaces = [(); 3].map(|()| rig.ioas());
+            let attachments = [0, 1, 2].map(|n| spaces[n].attach(&devices[n], None).unwrap());
+            let (region, another, before) = (small(1024), small(512), pinned_bytes());
+            let usual = set_locked_memory_limit(5 * MIB);
+            limit_locked_memory(true);
+            let mappings = spaces.each_ref().map(|ioas| ioas.map(&region, Access::READ_WRITE));
+            let refused = spaces[0].map(&another, Access::READ_WRITE);
+            limit_locked_memory(false);
+            set_locked_memory_limit(usual);
+            let mappings = mappings.map(Result::unwrap);
+            let error = refused.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NoMemory);
+            let text = error.to_string();
+            assert!(text.contains("memlock") || text.contains("ulimit -l"), "{text}");
+            // 4 MiB and 2 MiB, in the units of ulimit(1) or in bytes.
+            assert!(text.contains("6144") || text.contains("6 MiB") || text.contains("6291456"), "{text}");
+            assert_eq!(pinned_bytes() - before, region.len());
+            let tables = devices.each_ref().map(|device| device.page_table(None).unwrap());
+            assert!(tables.iter().zip(&mappings).all(|(table, mapping)| rig.maps(*table, mapping)));
+            drop((mappings, attachments));
+            // Without a device nothing is pinned, but by the device that comes then.
+            let usual = set_locked_memory_limit(5 * MIB);
+            limit_locked_memory(true);
+            let mappings = [&region, &another].map(|region| map(&spaces[1], region));
+            assert_eq!(pinned_bytes(), before);
+            let refused = spaces[1].attach(&devices[0], None);
+            limit_locked_memory(false);
+            set_locked_memory_limit(usual);
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains("6 MiB"), "{text}");
+            assert_eq!((pinned_bytes(), devices[0].page_table(None)), (before, None));
+            let _attachment = spaces[1].attach(&devices[0], None).unwrap();
+            let table = devices[0].page_table(None).unwrap();
+            assert!(mappings.iter().all(|mapping| rig.maps(table, mapping)));
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_device_that_lacks_required_addresses_is_refused() {
+    let range = |first, last| IovaRange { first: Iova::new(first), last: Iova::new(last) };
+    let narrow = range(*APERTURE.start(), *APERTURE.start() + 4 * MIB - 1);
+    let required = |required_iovas| Options { required_iovas, ..Options::default() };
+    with_options(required(vec![range(0x1000, *APERTURE.end())]), |rig| {
+        let device = rig.device(0);
+        let error = rig.ioas().attach(&device, None).unwrap_err();
+        assert!(error.mend_text().is_some(), "{error}");
+        assert_eq!(device.page_table(None), None);
+    });
+    with_options(required(vec![narrow]), |rig| {
+        let device = rig.device(0);
+        let (ioas, space) = rig.ioas_with_id();
+        let refused = rig.kernel.add_reserved(space, narrow.first.get(), MIB).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EADDRINUSE), "what is required stays usable");
+        let attachment = ioas.attach(&device, None).unwrap();
+        assert!(attachment.usable_iovas().iter().any(|usable| usable.contains(&narrow)));
+        let mapping = map(&ioas, &small(10));
+        assert!(rig.maps(device.page_table(None).unwrap(), &mapping));
+    });
+}
+
+/// Its page table may still be used, so that it stays; what is unmapped is taken out of it all the same.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_device_that_can_not_be_detached_reaches_nothing_that_was_unmapped() {
+    with_leftovers(|rig| {
+        let device = rig.device(0);
+        let ioas = rig.ioas();
+        let attachment = ioas.attach(&device, None).unwrap();
+        let table = device.page_table(None).unwrap();
+        let mapping = map(&ioas, &small(3));
+        device.hold(true);
+        drop(attachment);
+        assert!(rig.maps(table, &mapping), "it is attached as before");
+        let (iova, region) = (mapping.iova(), std::sync::Arc::clone(mapping.region()));
+        mapping.unmap().unwrap();
+        assert!(!rig.maps_any_at(table, iova, &region));
+        assert!(rig.kernel.pins(&region, 0));
+        drop(ioas);
+        assert!(!rig.maps_any_at(table, iova, &region), "the page table is there, and empty");
+        device.hold(false);
     });
 }
 

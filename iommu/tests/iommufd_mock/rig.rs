@@ -34,11 +34,21 @@ pub(crate) fn with_mock(test: impl FnOnce(&Rig)) {
 
 /// As [`with_mock`], with options of the backend.
 pub(crate) fn with_options(options: Options, test: impl FnOnce(&Rig)) {
+    alone(options, |rig| {
+        test(rig);
+        rig.check_that_nothing_is_left();
+    });
+}
+
+/// As [`with_mock`], but objects of the iommufd may be left, until it is closed.
+pub(crate) fn with_leftovers(test: impl FnOnce(&Rig)) {
+    alone(Options::default(), test);
+}
+
+fn alone(options: Options, test: impl FnOnce(&Rig)) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let pinned = pinned_bytes();
-    let rig = Rig::new(options);
-    test(&rig);
-    rig.check_that_nothing_is_left();
+    test(&Rig::new(options));
     assert_eq!(pinned_bytes(), pinned, "bytes stay pinned");
 }
 
@@ -258,15 +268,14 @@ impl Device for Mock {
         }
         let mut attached = self.attached();
         assert!(attached.contains_key(&pasid), "{pasid:?} is detached, but was not attached");
-        match pasid {
-            // VFIO's detaching needs no memory, so it is not to fail here for want of it; what is injected strikes once.
-            None => {
-                let park = || self.kernel.replace(self.ids, self.parked_at).map(drop);
-                park().or_else(|_| park())
-            }
+        let detach = || match pasid {
+            None => self.kernel.replace(self.ids, self.parked_at).map(drop),
             Some(pasid) => self.kernel.detach_pasid(self.ids, pasid.get()),
-        }
-        .map_err(|error| Error::os("detach the mock", "the kernel refuses", error))?;
+        };
+        // VFIO's detaching can not fail, so it is not to fail here by what is injected, which strikes once.
+        detach()
+            .or_else(|_| detach())
+            .map_err(|error| Error::os("detach the mock", "the kernel refuses", error))?;
         attached.remove(&pasid);
         Ok(())
     }
