@@ -149,6 +149,35 @@ fn message_signalled_interrupts_are_told_apart_and_survive_a_reset() {
     assert_eq!(igb.interrupts(1000).unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
+/// e1000's registers (Intel 8254x Software Developer's Manual, 13.4.17 and on): ICR, which reading clears, ICS, which sets
+/// causes, and IMS.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_line_interrupt_comes_again_until_its_cause_is_gone() {
+    const ICR: u64 = 0xc0;
+    const ICS: u64 = 0xc8;
+    const IMS: u64 = 0xd0;
+    const LINK: u32 = 1 << 2;
+    let nic = PciDevice::open(address("UNDERPASS_E1000"), &options()).unwrap();
+    let config = nic.config();
+    assert!(config.capability(cap::MSI).is_none() && config.capability(cap::MSIX).is_none());
+    let registers = nic.bar(0).unwrap();
+    let line = nic.interrupts(1).unwrap().remove(0);
+    registers.write32(IMS, LINK);
+    for _ in 0..3 {
+        registers.write32(ICS, LINK);
+        assert!(line.wait(Some(LONG)).unwrap());
+        assert!(line.drain());
+        assert!(line.wait(Some(LONG)).unwrap(), "the cause is still there");
+        assert_ne!(registers.read32(ICR) & LINK, 0);
+        line.drain();
+        assert!(!line.wait(Some(Duration::from_millis(50))).unwrap(), "and now it is not");
+    }
+    assert_eq!(nic.interrupts(2).unwrap_err().kind(), ErrorKind::Unsupported);
+    // Its second BAR is of I/O ports: calls, and nothing is mapped.
+    assert!(nic.bar(1).unwrap().can_post64().is_err());
+}
+
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn what_can_not_be_reset_says_so() {
