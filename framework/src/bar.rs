@@ -1,8 +1,8 @@
 //! A BAR: the registers, doorbells or memory that a PCI function shows, whatever stands behind them.
 //!
 //! # Why this module is unsafe, and what makes it sound
-//! Real registers are reached through raw pointers into mappings of the device ([`mmio`] has what is done with them).
-//! The invariant: whoever makes an [`Area`] vouches for its bytes as long as it lives, every [`Bar`] over them holds it,
+//! Real registers are reached through raw pointers into mappings of the device (`mmio` has what is done with them).
+//! The invariant: whoever makes an `Area` vouches for its bytes as long as it lives, every [`Bar`] over them holds it,
 //! and `Bar::at` is the only way to an offset: it lets nothing through that is misaligned or does not end inside the
 //! window. No reference to MMIO is ever made.
 //!
