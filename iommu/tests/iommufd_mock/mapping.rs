@@ -253,6 +253,30 @@ fn what_does_not_fit_the_limit_of_locked_memory_is_told_with_the_number_that_wou
     }
 }
 
+/// What the kernel will not unmap, a device may still reach.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn what_can_not_be_unmapped_is_never_used_again() {
+    with_leftovers(|rig| {
+        let device = rig.device(0);
+        let (ioas, space) = rig.ioas_with_id();
+        let _attachment = ioas.attach(&device, None).unwrap();
+        let mapping = map(&ioas, &small(3));
+        let (iova, len) = (mapping.iova(), mapping.region().len());
+        let memory = format!("{:x}-", mapping.region().as_ptr().addr());
+        let is_there = || std::fs::read_to_string("/proc/self/maps").unwrap().contains(&memory);
+        assert!(is_there());
+        // Somebody else has unmapped it, so that the kernel refuses to.
+        rig.kernel.unmap(space, iova, len).unwrap();
+        let error = mapping.unmap().unwrap_err();
+        assert!(error.mend_text().is_some(), "{error}");
+        assert!(is_there(), "the memory is not given back");
+        let next = map(&ioas, &small(3));
+        assert!(next.iova() >= iova.wrapping_add(len), "its addresses are not given out");
+        assert!(rig.maps(device.page_table(None).unwrap(), &next));
+    });
+}
+
 /// Its page table may still be used, so that it stays; what is unmapped is taken out of it all the same.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]

@@ -273,14 +273,11 @@ impl Device for Mock {
         }
         let mut attached = self.attached();
         assert!(attached.contains_key(&pasid), "{pasid:?} is detached, but was not attached");
-        let detach = || match pasid {
+        match pasid {
             None => self.kernel.replace(self.ids, self.parked_at).map(drop),
             Some(pasid) => self.kernel.detach_pasid(self.ids, pasid.get()),
-        };
-        // VFIO's detaching can not fail, so it is not to fail here by what is injected, which strikes once.
-        detach()
-            .or_else(|_| detach())
-            .map_err(|error| Error::os("detach the mock", "the kernel refuses", error))?;
+        }
+        .map_err(|error| Error::os("detach the mock", "the kernel refuses", error))?;
         attached.remove(&pasid);
         Ok(())
     }
