@@ -20,7 +20,7 @@ const PAGE: u64 = 4096;
 /// There is one device, and one who uses it.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A PCI device behind VT-d, bound to vfio-pci and to an iommufd.
+/// A PCI device behind VT-d, bound to vfio-pci by the testbed, and here to an iommufd.
 struct Subject {
     backend: Iommufd,
     device: Arc<dyn Device>,
@@ -42,10 +42,6 @@ impl Subject {
     fn new() -> Self {
         let address = std::env::var("UNDERPASS_EDU").unwrap();
         let sysfs = PathBuf::from("/sys/bus/pci/devices").join(&address);
-        if !sysfs.join("vfio-dev").exists() {
-            fs::write(sysfs.join("driver_override"), "vfio-pci").unwrap();
-            fs::write("/sys/bus/pci/drivers_probe", &address).unwrap();
-        }
         let name = fs::read_dir(sysfs.join("vfio-dev")).unwrap().next().unwrap().unwrap().file_name();
         let cdev = PathBuf::from("/dev/vfio/devices").join(name);
         let cdev = File::options().read(true).write(true).open(cdev).unwrap();

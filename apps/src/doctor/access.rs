@@ -46,7 +46,7 @@ pub(super) fn denylist(host: &Host) -> Check {
     Check::warn(NAME, format!("it names {denied}"), mend)
 }
 
-pub(super) fn iommufd(host: &Host) -> Check {
+pub(super) fn address_spaces(host: &Host) -> Check {
     // The kernel's own name for the numbers of VFIO's device files, and for those of groups.
     let numbers = host.text("/proc/devices").unwrap_or_default();
     let has = |name| numbers.lines().any(|line| line.split_whitespace().nth(1) == Some(name));
@@ -68,7 +68,7 @@ pub(super) fn iommufd(host: &Host) -> Check {
     Check::fail(name, found, "sudo modprobe iommufd; sudo modprobe vfio-pci")
 }
 
-pub(super) fn noiommu(host: &Host) -> Check {
+pub(super) fn unprotected(host: &Host) -> Check {
     const NAME: &str = "noiommu";
     if host.takes_unprotected() {
         return Check::warn(
