@@ -279,6 +279,9 @@ fn a_failure_at_any_step_leaves_all_as_it_was() {
             assert_eq!(machine.driver(address).as_deref(), Some("e1000e"), "write {fails}, {address}");
         }
         assert_eq!(machine.meant_for(NIC), "(null)", "write {fails}");
+        if fails == 0 {
+            assert_eq!(machine.log.borrow().len(), 1, "nothing was done that would have to be undone");
+        }
         assert_eq!(machine.meant_for(OTHER), "e1000e", "write {fails}");
     }
     // A device that had no driver has none afterwards.
