@@ -474,7 +474,7 @@ fn an_ordinary_user_drives_what_root_gave() {
     let too_little = as_user(&forward);
     limit(512 << 20);
     let output = as_user(&forward);
-    check_refused(&too_little, &forward, &["memlock"]);
+    check_refused(&too_little, &forward, &["locked", "ulimit -l"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["ports"][0]["tx_packets"].as_u64().is_some_and(|packets| packets > 0), "{report}");

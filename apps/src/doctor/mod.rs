@@ -159,7 +159,123 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
     use super::*;
+
+    /// A made-up machine: files below a folder, gone at the end of the test.
+    struct Machine(PathBuf);
+
+    impl Machine {
+        fn new(name: &str, files: &[(&str, &str)]) -> Self {
+            let root = std::env::temp_dir().join(format!("underpass-doctor-{}-{name}", std::process::id()));
+            let this = Self(root);
+            fs::create_dir_all(&this.0).expect("a scratch folder");
+            for (path, text) in files {
+                this.write(path, text);
+            }
+            this
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            let path = self.0.join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("a scratch folder");
+            fs::write(path, text).expect("a scratch file");
+        }
+
+        fn check(&self, name: &str) -> Check {
+            let checks = checks(&Host::below(&self.0));
+            checks.into_iter().find(|check| check.name == name).expect("there is such a check")
+        }
+    }
+
+    impl Drop for Machine {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn an_iommu_counts_once_it_holds_devices() {
+        let machine = Machine::new(
+            "iommu",
+            &[
+                ("proc/cmdline", "root=/dev/sda intel_iommu=off quiet\n"),
+                ("proc/cpuinfo", "vendor_id\t: GenuineIntel\n"),
+                ("proc/sys/kernel/osrelease", "6.15.2\n"),
+                ("proc/interrupts", "  0:  2  IO-APIC  2-edge  timer\n"),
+            ],
+        );
+        let check = machine.check("IOMMU");
+        assert_eq!(
+            (check.status, check.found.as_str()),
+            (Status::Fail, "none is on (booted with intel_iommu=off)")
+        );
+        assert!(check.mend.expect("a mend").contains("intel_iommu=on"));
+
+        // Scalable mode is bit 43, PASIDs are bit 40.
+        machine.write("sys/class/iommu/dmar0/intel-iommu/ecap", "90000f050df\n");
+        machine.write("sys/kernel/iommu_groups/0/type", "DMA\n");
+        assert_eq!(machine.check("IOMMU").found, "Intel VT-d: dmar0; 1 groups of devices");
+        assert_eq!(machine.check("interrupt remapping").status, Status::Fail);
+        assert_eq!(machine.check("PASID").status, Status::Ok);
+        machine.write("sys/module/iommufd/parameters/allow_unsafe_interrupts", "Y\n");
+        assert_eq!(machine.check("interrupt remapping").status, Status::Warn);
+        machine.write("proc/interrupts", "  0:  2  IR-IO-APIC  2-edge  timer\n");
+        assert_eq!(machine.check("interrupt remapping").status, Status::Ok);
+        machine.write("sys/class/iommu/dmar0/intel-iommu/ecap", "80000f020df\n");
+        assert_eq!(machine.check("PASID").status, Status::Warn);
+        machine.write("sys/class/iommu/dmar0/intel-iommu/ecap", "90000f050df\n");
+        machine.write("proc/sys/kernel/osrelease", "6.12.48\n");
+        assert!(machine.check("PASID").mend.expect("a mend").contains("6.15"));
+    }
+
+    #[test]
+    fn what_an_iommu_made_up_for_noiommu_holds_does_not_count() {
+        let machine = Machine::new(
+            "noiommu",
+            &[
+                ("sys/kernel/iommu_groups/0/name", "vfio-noiommu\n"),
+                ("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n"),
+            ],
+        );
+        assert_eq!(machine.check("IOMMU").status, Status::Warn);
+        assert_eq!(machine.check("noiommu").status, Status::Warn);
+    }
+
+    #[test]
+    fn huge_pages_are_counted_on_each_node() {
+        let machine = Machine::new("pages", &[]);
+        let pages = |folder: &str, total: &str, free: &str| {
+            machine.write(&format!("{folder}/hugepages-2048kB/nr_hugepages"), total);
+            machine.write(&format!("{folder}/hugepages-2048kB/free_hugepages"), free);
+        };
+        pages("sys/kernel/mm/hugepages", "64\n", "0\n");
+        let check = machine.check("huge pages");
+        assert_eq!(check.status, Status::Warn);
+        assert!(check.found.starts_with("none is left (2 MiB: 0 free of 64)"), "{}", check.found);
+        pages("sys/kernel/mm/hugepages", "64\n", "40\n");
+        pages("sys/devices/system/node/node0/hugepages", "32\n", "8\n");
+        pages("sys/devices/system/node/node1/hugepages", "32\n", "32\n");
+        let check = machine.check("huge pages");
+        assert_eq!(
+            (check.status, check.found.as_str()),
+            (Status::Ok, "2 MiB: 40 free of 64 (node0 8/32, node1 32/32)")
+        );
+    }
+
+    #[test]
+    fn without_device_files_there_are_groups() {
+        let machine =
+            Machine::new("files", &[("proc/devices", "Character devices:\n511 vfio\n"), ("dev/iommu", "")]);
+        machine.write("sys/bus/pci/drivers/vfio-pci/new_id", "");
+        assert_eq!(machine.check("iommufd").status, Status::Fail);
+        machine.write("dev/vfio/vfio", "");
+        assert_eq!(machine.check("iommufd").status, Status::Warn);
+        machine.write("proc/devices", "Character devices:\n510 vfio-dev\n511 vfio\n");
+        assert_eq!(machine.check("iommufd").status, Status::Ok);
+    }
 
     #[test]
     fn every_check_that_is_not_ok_says_how_to_mend_it() {
