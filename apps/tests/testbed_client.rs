@@ -50,7 +50,8 @@ struct Running(Option<Child>);
 
 impl Running {
     fn start(command: &mut Command) -> Self {
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        // Its input never ends: nc would hang up.
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         Self(Some(child.expect("it starts")))
     }
 
@@ -116,12 +117,12 @@ fn received(interface: &str) -> u64 {
     fs::read_to_string(counter).expect("a counter").trim().parse().expect("a number")
 }
 
-/// The interface up, and with this address, here; on no bridge of another suite.
+/// The interface up here, with this address, on no bridge of another suite, and receiving everything.
 fn up(interface: &str, address: &str) {
     run(&format!(
         "ip link set {interface} nomaster; ip addr flush dev {interface}; ip addr add {address} dev {interface}"
     ));
-    run(&format!("ip link set {interface} up"));
+    run(&format!("ip link set {interface} promisc on up"));
     carrier("", interface);
 }
 
@@ -281,14 +282,19 @@ fn a_tcp_transfer_crosses_two_ports() {
     let began = Instant::now();
     let send = format!("exec {} nc 10.8.0.2 5001 <{sent}", left.inside());
     let sender = Running::start(Command::new("sh").args(["-c", &send]));
-    until("all of it has arrived", || fs::metadata(&arrived).is_ok_and(|file| file.len() >= BYTES as u64));
+    let len = || fs::metadata(&arrived).map_or(0, |file| file.len());
+    // As long as it goes on: how fast an emulated processor is depends on what else its machine does.
+    while len() < BYTES as u64 {
+        let before = len();
+        until(&format!("more than {before} bytes arrive"), || len() > before);
+    }
     println!("10 MiB of TCP in {:.1} s", began.elapsed().as_secs_f64());
     drop((sender, receiver));
     assert!(fs::read(&arrived).expect("a file") == data, "it changed on the way");
     let report = forward.interrupt();
-    for port in report["ports"].as_array().expect("two ports") {
-        assert!(port["rx_packets"].as_u64() >= Some(1000), "acknowledgements are packets too: {report}");
-    }
+    let packets = |port: usize| report["ports"][port]["rx_packets"].as_u64().expect("a count");
+    assert!(packets(0) as usize >= BYTES / 1500, "it went another way: {report}");
+    assert!(packets(1) > 0, "acknowledgements are packets too: {report}");
 }
 
 #[test]
@@ -302,7 +308,7 @@ fn a_process_that_is_killed_leaves_nothing_behind() {
     up(&peer, "10.9.0.1/24");
     let before = huge_pages();
     for _ in 0..2 {
-        let forward = Running::forward(&["--mode", "txonly", "--port", &port]);
+        let forward = Running::forward(&["--mode", "txonly", "--ring", "4096", "--port", &port]);
         let start = received(&peer);
         until("packets arrive", || received(&peer) > start + 100);
         assert_ne!(huge_pages(), before, "it has some");

@@ -125,7 +125,7 @@ fn sleep(device: &str, stop: &Interrupt, watched: &[(Interrupt, Gone)], state: &
         let happened = polled.iter().zip(watched).find(|(polled, _)| !polled.revents().is_empty());
         if let Some((_, (_, gone))) = happened {
             state.store(*gone as u8, Ordering::Relaxed);
-            return tracing::warn!("{}", gone.error().device(device.to_owned()));
+            return tracing::info!("{}", gone.error().device(device.to_owned()));
         }
     }
 }
