@@ -56,11 +56,37 @@ fn driver(address: &str) -> Option<String> {
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-/// The address of the device that has this interface.
-fn address_of(interface: &str) -> String {
-    let link =
-        fs::read_link(format!("/sys/class/net/{interface}/device")).expect("the interface has a device");
-    link.file_name().and_then(|name| name.to_str()).expect("its address").to_owned()
+/// The kernel's NIC of the testbed, which is the kernel's again in the end, and its interface's name what it was.
+struct Peer {
+    name: String,
+    address: String,
+}
+
+impl Peer {
+    fn new() -> Self {
+        let name = variable("UNDERPASS_PEER1");
+        let device =
+            fs::canonicalize(format!("/sys/class/net/{name}/device")).expect("the interface has a device");
+        let address = device.file_name().and_then(|name| name.to_str()).expect("its address").to_owned();
+        Self { name, address }
+    }
+
+    /// What the kernel calls its interface now.
+    fn interface(&self) -> Option<String> {
+        let mut names = fs::read_dir(device(&self.address).join("net")).ok()?;
+        names.next()?.ok()?.file_name().into_string().ok()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        underpass(&["unbind", &self.address]);
+        if let Some(name) = self.interface() {
+            let _ = Command::new("ip").args(["link", "set", &name, "down"]).status();
+            let _ = Command::new("ip").args(["addr", "flush", "dev", &name]).status();
+            let _ = Command::new("ip").args(["link", "set", &name, "name", &self.name]).status();
+        }
+    }
 }
 
 fn run(program: &str, args: &[&str]) {
@@ -148,11 +174,11 @@ fn devices_are_listed_as_sysfs_has_them() {
         Some(cdev) => assert!(Path::new(cdev).exists(), "{cdev}"),
         None => assert_eq!(row(), "type1"),
     }
-    let peer = variable("UNDERPASS_PEER1");
-    let nic = find(&address_of(&peer));
+    let peer = Peer::new();
+    let nic = find(&peer.address);
     assert_eq!((&nic["device"], &nic["kernel_driver"]), (&"10d3".into(), &"e1000e".into()));
     assert_eq!((&nic["driver"], &nic["cdev"]), (&Value::Null, &Value::Null));
-    assert_eq!(nic["interfaces"], Value::from(vec![peer]));
+    assert_eq!(nic["interfaces"], Value::from(vec![peer.name.as_str()]));
     assert_eq!(listed[0]["driver"], "virtio-net", "those that a driver here knows come first");
     // A bridge is of no interest.
     assert!(!listed.iter().any(|device| device["address"] == "0000:00:00.0"));
@@ -165,9 +191,8 @@ fn devices_are_listed_as_sysfs_has_them() {
 #[ignore = "needs a real kernel: ci/testbed"]
 fn a_nic_goes_to_user_space_and_comes_home() {
     let _alone = alone();
-    let peer = variable("UNDERPASS_PEER1");
-    let address = address_of(&peer);
-    let _home = Kernels(&address);
+    let home = Peer::new();
+    let (peer, address) = (home.name.clone(), home.address.clone());
     let report = done(&["bind", &address]);
     let change = &report["devices"][0];
     assert_eq!((&change["before"], &change["kernel_driver"]), (&"e1000e".into(), &"vfio-pci".into()));
@@ -179,7 +204,7 @@ fn a_nic_goes_to_user_space_and_comes_home() {
 
     let report = done(&["unbind", &address]);
     assert_eq!(report["devices"][0]["kernel_driver"], "e1000e");
-    assert_eq!(address_of(&peer), address, "its interface is back");
+    assert!(home.interface().is_some(), "its interface is back");
     assert_eq!(fs::read_to_string(device(&address).join("driver_override")).expect("sysfs"), "(null)\n");
     assert_eq!(done(&["unbind", &address])["devices"][0]["before"], "e1000e");
 }
@@ -209,9 +234,8 @@ fn what_another_process_bound_goes_to_the_kernels_own_driver() {
 #[ignore = "needs a real kernel: ci/testbed"]
 fn an_interface_in_use_is_not_taken_away() {
     let _alone = alone();
-    let peer = variable("UNDERPASS_PEER1");
-    let address = address_of(&peer);
-    let _home = Kernels(&address);
+    let home = Peer::new();
+    let (peer, address) = (home.name.clone(), home.address.clone());
     run("ip", &["addr", "add", "10.9.8.7/24", "dev", &peer]);
     refused(&["bind", &address], &[&format!("{peer} has the address 10.9.8.7/24"), "--force"]);
     run("ip", &["link", "set", &peer, "up"]);
@@ -334,7 +358,7 @@ fn without_an_iommu_nothing_is_bound_unasked() {
         return;
     }
     let parameter = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
-    let address = address_of(&variable("UNDERPASS_PEER1"));
+    let address = Peer::new().address.clone();
     write(parameter, "N");
     let output = underpass(&["bind", &address]);
     write(parameter, "Y");
@@ -346,7 +370,7 @@ fn without_an_iommu_nothing_is_bound_unasked() {
 #[ignore = "needs a real kernel: ci/testbed"]
 fn bad_input_is_one_line_and_changes_nothing() {
     let _alone = alone();
-    let address = address_of(&variable("UNDERPASS_PEER1"));
+    let address = Peer::new().address.clone();
     for (args, status, says) in [
         ("bind", 2, "ADDRESS"),
         ("bind 0000:00", 2, "0000:3b:00.0"),
@@ -427,7 +451,7 @@ fn an_ordinary_user_drives_what_root_gave() {
     let port = net0();
     let forward = ["forward", "--json", "--mode", "txonly", "--port", &port, "--seconds", "0.3"];
     let closed = as_user(&forward);
-    check_refused(&closed, &forward, &["--owner"]);
+    check_refused(&closed, &forward, &["ermission denied"]);
 
     let report = done(&["bind", "--owner", "user", &port]);
     let given: Vec<_> =

@@ -126,8 +126,7 @@ fn a_device_without_pasids_says_why() {
     assert_eq!((error.kind(), error.device_name()), (ErrorKind::Exhausted, Some(edu.name())));
     let reason = match &*row() {
         "virtio-iommu" => "virtio-iommu has none",
-        "amd" => "AMD-Vi",
-        "vtd-scalable" | "vtd-first-stage" => "the device has no PASID capability",
+        "amd" | "vtd-scalable" | "vtd-first-stage" => "the device has no PASID capability",
         _ => "no scalable mode",
     };
     assert!(error.to_string().contains(reason) && error.mend_text().is_some(), "{error}");
@@ -198,9 +197,10 @@ fn options_are_taken() {
     let iommufd = Iommufd::with(options).unwrap();
     let edu = Edu::bind(&iommufd, "UNDERPASS_EDU").unwrap();
     let ioas = iommufd.alloc_ioas().unwrap();
-    // What device or IOMMU can not do is left out.
+    // What device or IOMMU can not do is left out, and no error.
     let attachment = ioas.attach(&edu, None).unwrap();
-    assert!(!attachment.capabilities().fault_reporting);
+    assert_eq!(attachment.next_fault().unwrap(), None);
+    assert_eq!(attachment.track_dirty(true).is_ok(), attachment.capabilities().dirty_tracking);
     let region = Region::builder(4 << 20).page_size(PageSize::Size2M).build().unwrap();
     let mapping = ioas.map(&region, Access::READ_WRITE).unwrap();
     mapping.unmap().unwrap();
@@ -218,6 +218,28 @@ fn interrupts_that_are_not_isolated_are_explained() {
     let error = refused.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Permission);
     assert!(error.mend_text().unwrap().contains(UNSAFE_INTERRUPTS), "{error}");
+}
+
+/// For the IOMMU, the functions of one device are one: they can be attached to one page table only.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn devices_of_one_group_share_an_address_space() {
+    let iommufd = Iommufd::open().unwrap();
+    let [one, two] = ["UNDERPASS_TWIN0", "UNDERPASS_TWIN1"].map(|twin| Edu::bind(&iommufd, twin).unwrap());
+    let (ioas, other) = (iommufd.alloc_ioas().unwrap(), iommufd.alloc_ioas().unwrap());
+    let first = ioas.attach(&one, None).unwrap();
+    let mapping = ioas.map(&small(3), Access::READ_WRITE).unwrap();
+    let second = ioas.attach(&two, None).unwrap();
+    assert_eq!(second.capabilities(), first.capabilities());
+    // The one whose page table it was goes first.
+    drop(first);
+    mapping.unmap().unwrap();
+    let _mapping = ioas.map(&small(3), Access::READ_WRITE).unwrap();
+    let error = other.attach(&one, None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("IOMMU group") && error.mend_text().is_some(), "{error}");
+    drop(second);
+    drop(other.attach(&one, None).unwrap());
 }
 
 /// Set for the process that the test below starts: the bytes that it is to map.

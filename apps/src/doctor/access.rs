@@ -46,7 +46,7 @@ pub(super) fn denylist(host: &Host) -> Check {
     Check::warn(NAME, format!("it names {denied}"), mend)
 }
 
-pub(super) fn iommufd(host: &Host) -> Check {
+pub(super) fn address_spaces(host: &Host) -> Check {
     // The kernel's own name for the numbers of VFIO's device files, and for those of groups.
     let numbers = host.text("/proc/devices").unwrap_or_default();
     let has = |name| numbers.lines().any(|line| line.split_whitespace().nth(1) == Some(name));
@@ -68,7 +68,7 @@ pub(super) fn iommufd(host: &Host) -> Check {
     Check::fail(name, found, "sudo modprobe iommufd; sudo modprobe vfio-pci")
 }
 
-pub(super) fn noiommu(host: &Host) -> Check {
+pub(super) fn unprotected(host: &Host) -> Check {
     const NAME: &str = "noiommu";
     if host.takes_unprotected() {
         return Check::warn(
@@ -91,16 +91,15 @@ pub(super) fn permissions(host: &Host) -> Check {
             "first load vfio-pci",
         );
     }
-    let closed: Vec<_> =
-        files.iter().filter(|path| !may_use(path)).map(|path| path.display().to_string()).collect();
+    let (open, closed): (Vec<PathBuf>, Vec<_>) = files.into_iter().partition(|path| may_use(path));
     if closed.is_empty() {
-        return Check::ok(NAME, format!("this user may open all of {}", shown(&files)));
+        return Check::ok(NAME, format!("this user may open all of {} files: {}", open.len(), shown(&open)));
     }
     let bound = host.devices().unwrap_or_default().into_iter().find(HostDevice::is_vfio);
     let address = bound.map_or_else(|| "ADDRESS".to_owned(), |device| device.address().to_string());
     Check::warn(
         NAME,
-        format!("this user may not open {}", closed.join(", ")),
+        format!("this user may not open {}", shown(&closed)),
         format!("sudo {} bind --owner $USER {address}", crate::command_name()),
     )
 }
@@ -120,6 +119,10 @@ fn may_use(path: &Path) -> bool {
     access(path, Access::READ_OK | Access::WRITE_OK).is_ok()
 }
 
+/// The first few of them.
 fn shown(files: &[PathBuf]) -> String {
-    files.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    const SHOWN: usize = 3;
+    let more = if files.len() > SHOWN { ", ..." } else { "" };
+    let shown: Vec<_> = files.iter().take(SHOWN).map(|path| path.display().to_string()).collect();
+    shown.join(", ") + more
 }

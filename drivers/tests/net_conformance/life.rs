@@ -186,7 +186,7 @@ pub(super) fn packets_of_other_pools_are_sent_once_these_are_mapped(kind: &Kind)
         bench.flush(&mut *started.tx[0]);
         let after = bench.counted().1;
         assert_eq!(after.refused - before.refused, u64::from(!mapped));
-        assert_eq!(bench.wire.sent(0).len(), usize::from(mapped));
+        assert_eq!(bench.sent(mapped.into()).len(), usize::from(mapped));
         bench.stop(started, &[&pool, &other]);
     }
     bench.port.unmap(&other).unwrap();
@@ -208,9 +208,11 @@ pub(super) fn the_link_goes_down_and_up(kind: &Kind) {
                 bench.port.link() != Link { up: true, ..bench.port.link() }
             });
         }
-        // It may keep or lose these.
+        // It may keep or lose these; but QEMU 11's packed rings do not survive it (`virtqueue_packed_drop_all` counts wrong).
         let mut packets = burst((0..5).map(|n| packet(&pool, &numbered(1, n, 100))));
-        started.tx[0].tx_burst(&mut packets);
+        if !kind.is_nic() {
+            started.tx[0].tx_burst(&mut packets);
+        }
         drop(packets);
         bench.drain(&mut started.rx, 0);
         assert_eq!((started.rx[0].state(), started.tx[0].state()), (State::Running, State::Running));

@@ -47,9 +47,13 @@ impl Kind {
         matches!(self, Self::Model(model) if model.without.contains(features))
     }
 
+    fn is_nic(&self) -> bool {
+        matches!(self, Self::Nic(_))
+    }
+
     /// How often something is repeated: on an emulated processor less often, as it is some 30 times slower.
     fn times(&self, times: u64) -> u64 {
-        if matches!(self, Self::Nic(_)) { times.div_ceil(20) } else { times }
+        if self.is_nic() { times.div_ceil(20) } else { times }
     }
 }
 

@@ -115,7 +115,10 @@ pub(super) fn checksums_are_completed(kind: &Kind) {
         }
     }
     bench.flush(tx);
-    let sent = bench.wire.sent(0);
+    // Flows may overtake one another where the other end joins segments.
+    let mut sent = bench.sent(expected.len());
+    sent.sort();
+    expected.sort();
     assert_eq!(sent.len(), expected.len());
     for (sent, expected) in sent.iter().zip(&expected) {
         assert_eq!(sent, expected);
@@ -129,8 +132,8 @@ pub(super) fn checksums_are_completed(kind: &Kind) {
     packet.set_tx_offload(Some(TxOffload { ip_checksum: true, ..asks(&flow, 0) }));
     bench.send(tx, [packet]);
     bench.flush(tx);
-    let sent = bench.wire.sent(0);
     let refused = bench.counted().1.refused;
+    let sent = bench.sent(1 - refused as usize);
     assert!(
         sent == [&right[..]] && refused == 0 || sent.is_empty() && refused == 1,
         "{refused} refused: {sent:x?}"
@@ -148,7 +151,7 @@ pub(super) fn checksums_are_completed(kind: &Kind) {
         packet.set_tx_offload(Some(lie));
         bench.send(tx, [packet]);
         bench.flush(tx);
-        assert_eq!((bench.counted().1.refused - refused, bench.wire.sent(0).len()), (n, 0), "{lie:?}");
+        assert_eq!((bench.counted().1.refused - refused, bench.sent(0).len()), (n, 0), "{lie:?}");
     }
     bench.stop(started, &[&pool]);
 }
@@ -181,7 +184,7 @@ pub(super) fn long_payloads_are_segmented(kind: &Kind) {
                 packet.set_tx_offload(Some(asks(&flow, size as u16)));
                 bench.send(tx, [packet]);
                 bench.flush(tx);
-                let sent = bench.wire.sent(0);
+                let sent = bench.sent(expected.len());
                 assert_eq!(sent.len(), expected.len(), "{len} bytes by {size}: {flow:?}");
                 let expected = expected.into_iter().map(|segment| bench.wire.padded(segment));
                 for (n, (sent, expected)) in sent.iter().zip(expected).enumerate() {
@@ -211,7 +214,7 @@ pub(super) fn long_payloads_are_segmented(kind: &Kind) {
             bench.send(tx, [packet]);
             bench.flush(tx);
             // A device may look for the headers itself.
-            let sent = bench.wire.sent(0);
+            let sent = bench.sent(0);
             assert!(sent.is_empty() || sent == flow.segments(&[1; 3000], 1000), "{lie:?}");
         }
         assert!(bench.counted().1.refused > refused);
@@ -278,7 +281,7 @@ pub(super) fn offloads_that_were_not_granted_are_refused(kind: &Kind) {
     refused += 1;
     bench.flush(&mut *started.tx[0]);
     let (_, counted) = bench.counted();
-    assert_eq!((counted.packets, counted.refused, bench.wire.sent(0).len()), (0, refused, 0));
+    assert_eq!((counted.packets, counted.refused, bench.sent(0).len()), (0, refused, 0));
     bench.stop(started, &[&pool]);
 }
 
@@ -314,7 +317,7 @@ pub(super) fn vlan_tags_are_taken_out_and_put_in(kind: &Kind) {
             packet.set_vlan(tagged.vlan);
             bench.send(tx, [packet]);
             bench.flush(tx);
-            let sent = bench.wire.sent(0);
+            let sent = bench.sent(usize::from(cuts.first() != Some(&5)));
             // Addresses in two segments may be refused, not sent wrong.
             assert!(
                 sent.is_empty() && cuts.first() == Some(&5) || sent == [tagged.frame(&[8; 500])],

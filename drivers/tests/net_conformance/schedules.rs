@@ -7,7 +7,7 @@ use proptest::test_runner::{Config as ProptestConfig, TestRunner};
 use underpass::Burst;
 use underpass::net::Config;
 
-use crate::rig::frames::numbered;
+use crate::rig::frames::{identify, numbered};
 use crate::rig::{chain, contents, pool, until};
 use crate::{Kind, config, echo};
 
@@ -74,7 +74,8 @@ fn schedule(kind: &Kind, turns: &[Turn]) {
     let mut bench = echo(kind);
     let pool = pool(160);
     let mut started = bench.start(&Config { rx_depth: 32, tx_depth: 16, ..config(&pool) });
-    // Of a stream all frames arrive in order; a restart loses what is on the way, and begins another.
+    // Of a stream all frames arrive in order; a restart loses what is on the way, and begins another. What waits in QEMU is
+    // not lost, and arrives before it.
     let (mut stream, mut made, mut seen) = (0, 0_u64, 0_u64);
     let mut sizes = Vec::new();
     let mut held = VecDeque::new();
@@ -98,6 +99,9 @@ fn schedule(kind: &Kind, turns: &[Turn]) {
                 let mut burst = Burst::with_capacity(room);
                 assert!(started.rx[0].rx_burst(&mut burst) <= room);
                 for packet in burst.drain_all() {
+                    if kind.is_nic() && identify(&contents(&packet)).0 != stream {
+                        continue;
+                    }
                     let expected = sizes.get(seen as usize).map(|size| numbered(stream, seen, *size));
                     assert_eq!(Some(contents(&packet)), expected, "frame {seen}");
                     seen += 1;
@@ -128,6 +132,9 @@ fn schedule(kind: &Kind, turns: &[Turn]) {
         started.tx[0].reclaim();
         started.rx[0].rx_burst(&mut burst);
         for packet in burst.drain_all() {
+            if kind.is_nic() && identify(&contents(&packet)).0 != stream {
+                continue;
+            }
             assert!(contents(&packet) == numbered(stream, seen, sizes[seen as usize]));
             seen += 1;
         }

@@ -46,7 +46,10 @@ fn accesses_of_every_width_are_little_endian_parts_of_one_word() {
 
 /// Registers that are a call each, and what was asked of them.
 #[derive(Default)]
-struct Calls(std::sync::Mutex<Vec<(usize, u64, Width, Option<u64>)>>);
+struct Calls(std::sync::Mutex<Vec<Call>>);
+
+/// BAR, offset, width, and what was written.
+type Call = (usize, u64, Width, Option<u64>);
 
 impl crate::pci::Registers for Calls {
     fn read(&self, bar: usize, offset: u64, width: Width) -> u64 {
@@ -68,10 +71,14 @@ impl crate::pci::Registers for Calls {
 fn a_bar_of_which_parts_are_mapped_reaches_each_place_its_way() {
     let (registers, calls) =
         (Arc::new(Registers([const { AtomicU64::new(0) }; 32])), Arc::new(Calls::default()));
-    let ptr = NonNull::from(&registers.0).cast();
-    // SAFETY: as in mmio() above; 128 and 512 are multiples of 64, and the two halves do not overlap.
-    let area = |start: u64, at: usize| unsafe { Area::new(start, ptr.add(at), 128, registers.clone()) };
-    let bar = Bar::device(vec![area(128, 0), area(512, 128)], calls.clone(), 3, 1024).named("BAR 3");
+    let ptr = NonNull::from(&registers.0).cast::<u8>();
+    // SAFETY: as in mmio() above, the first half; 128 is a multiple of 64.
+    let first = unsafe { Area::new(128, ptr, 128, registers.clone()) };
+    // SAFETY: there are 256 bytes.
+    let half = unsafe { ptr.add(128) };
+    // SAFETY: likewise, the second half.
+    let second = unsafe { Area::new(512, half, 128, registers.clone()) };
+    let bar = Bar::device(vec![first, second], calls.clone(), 3, 1024).named("BAR 3");
     let asked = || std::mem::take(&mut *calls.0.lock().unwrap());
     bar.write64(128, 1);
     bar.write64(248, 2);

@@ -13,7 +13,9 @@ use underpass_iommu::{
 };
 
 use crate::kernel::HAS_PASIDS;
-use crate::rig::{MockDevice, Rig, huge, map, pasid, pinned_bytes, small, with_leftovers, with_options};
+use crate::rig::{
+    MockDevice, Rig, anonymous, huge, map, pasid, pinned_bytes, small, with_leftovers, with_options,
+};
 
 /// Has the `nth` of what can fail in this thread's system calls fail, while `operation` runs. Returns its result, and
 /// whether it came that far.
@@ -218,7 +220,7 @@ fn attaching_a_pasid() {
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn mapping() {
-    for make in [|| small(1), || small(600), || huge(2)] as [fn() -> Arc<Region>; 3] {
+    for make in [|| small(1), || small(600), || huge(2), || anonymous(1)] as [fn() -> Arc<Region>; 4] {
         at_every_place(
             &Options::default(),
             |rig| {

@@ -161,8 +161,16 @@ impl Iommu {
 
     /// Whether the HWPT translates the `len` bytes at `iova` to the very pages that this process has at `memory`.
     pub(crate) fn maps(&self, page_table: u32, iova: Iova, memory: NonNull<u8>, len: u64) -> bool {
-        let arguments = [iova.get(), len, address(memory), 0, 0, 0];
-        match self.ask(Ask::CheckMap, page_table, arguments) {
+        self.check_map(page_table, iova, address(memory), len)
+    }
+
+    /// Whether the HWPT translates the page of 4 KiB at `iova` to the one that this process has at `address`.
+    pub(crate) fn maps_address(&self, page_table: u32, iova: Iova, address: u64) -> bool {
+        self.check_map(page_table, iova, address, PageSize::Size4K.bytes())
+    }
+
+    fn check_map(&self, page_table: u32, iova: Iova, address: u64, len: u64) -> bool {
+        match self.ask(Ask::CheckMap, page_table, [iova.get(), len, address, 0, 0, 0]) {
             Ok(_) => true,
             Err(error) => {
                 assert_eq!(

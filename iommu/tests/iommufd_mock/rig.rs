@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underpass_iommu::iommufd::{Device, Iommufd, Options};
 use underpass_iommu::{
-    Access, Attachable, AttachableKind, Error, ErrorKind, Ioas, IommuBackend, Iova, Mapping, PageSize, Pasid,
-    Region, Result,
+    Access, Attachable, AttachableKind, Backing, Error, ErrorKind, Ioas, IommuBackend, Iova, Mapping,
+    PageSize, Pasid, Region, Result,
 };
 
 use crate::kernel::{self, Ids, Iommu};
@@ -143,6 +143,11 @@ pub(crate) fn small(pages: u64) -> Arc<Region> {
 /// A region of pages of 2 MiB.
 pub(crate) fn huge(pages: u64) -> Arc<Region> {
     Region::builder(pages * PageSize::Size2M.bytes()).page_size(PageSize::Size2M).build().unwrap()
+}
+
+/// A region of pages of 2 MiB that no file has: the kernel is told its address instead.
+pub(crate) fn anonymous(pages: u64) -> Arc<Region> {
+    Region::builder(pages * PageSize::Size2M.bytes()).backing(Backing::AnonymousHuge).build().unwrap()
 }
 
 pub(crate) fn pasid(number: u32) -> Pasid {

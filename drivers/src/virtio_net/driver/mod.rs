@@ -391,6 +391,7 @@ impl VirtioNet {
                     now if now & status::DEVICE_NEEDS_RESET != 0 => {
                         (ErrorKind::Device, "it failed, and asks for a reset")
                     }
+                    now if now & status::DRIVER_OK == 0 => (ErrorKind::Device, "somebody else has reset it"),
                     _ => return None,
                 };
                 Some(Error::new(kind, "go on", why).mend(MEND))

@@ -86,14 +86,19 @@ impl Bench {
         });
     }
 
-    /// Waits until the device has sent everything, and the wire has it.
+    /// Waits until the device has sent everything.
     pub(crate) fn flush(&self, tx: &mut dyn TxQueue) {
         until("the device sends", || {
             self.step();
             tx.reclaim() == 0
         });
-        let (_, tx) = self.port.counters();
-        self.wire.settle(tx.iter().map(|counters| counters.values().packets).sum());
+    }
+
+    /// What the port has sent since the last call, which must be `count` frames at least.
+    pub(crate) fn sent(&self, count: usize) -> Vec<Vec<u8>> {
+        until("what was sent is on the wire", || self.wire.sent_count() >= count);
+        self.wire.settle();
+        self.wire.sent(0)
     }
 
     /// Receives exactly `count` packets.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
 use underpass::net::MIN_FRAME;
@@ -101,10 +102,10 @@ impl Wire {
         if self.cable.is_some() { nic::SILENCE } else { Duration::from_millis(3) }
     }
 
-    /// Waits for what is on its way, where the port has sent `packets` in all.
-    pub(crate) fn settle(&self, packets: u64) {
-        if let Some(cable) = &self.cable {
-            cable.settle(packets);
+    /// Waits for more than is expected.
+    pub(crate) fn settle(&self) {
+        if self.cable.is_some() {
+            thread::sleep(nic::SURPRISE);
         }
     }
 
@@ -150,7 +151,6 @@ impl Wire {
 
     /// Loses everything that is on the way.
     pub(crate) fn forget(&self) {
-        self.settle(u64::MAX);
         for cable in &mut self.state().pairs {
             cable.sent.clear();
             cable.arriving.clear();
