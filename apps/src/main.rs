@@ -6,11 +6,17 @@
     reason = "rates and ratios, shown with a few digits and never negative"
 )]
 
+mod bind;
 mod copy;
 mod crc32c;
 mod demo;
+mod devices;
+mod doctor;
+mod folder;
 mod forward;
 mod interrupt;
+mod memlock;
+mod pci_names;
 mod registry;
 mod size;
 mod value;
@@ -62,6 +68,7 @@ Try:
   {command} demo                                  what it does, on software devices, in a few seconds
   {command} copy --op crc --size 1M --queues 2    one job on two queues, each with its own PASID
   {command} forward --mode macswap --seconds 2    packets between two software NICs
+  {command} doctor                                what real devices need, and how to get it
 
 `{command} COMMAND --help` lists a command's options.
 {STATUS}"
@@ -104,6 +111,10 @@ enum Command {
     Demo(demo::Args),
     Copy(copy::Args),
     Forward(forward::Args),
+    Doctor(doctor::Args),
+    Devices(devices::Args),
+    Bind(bind::BindArgs),
+    Unbind(bind::UnbindArgs),
 }
 
 fn main() -> ExitCode {
@@ -130,6 +141,10 @@ fn main() -> ExitCode {
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Copy(args)) => copy::run(&args),
         Some(Command::Forward(args)) => forward::run(&args),
+        Some(Command::Doctor(args)) => doctor::run(&args),
+        Some(Command::Devices(args)) => devices::run(&args),
+        Some(Command::Bind(args)) => bind::bind(&args),
+        Some(Command::Unbind(args)) => bind::unbind(&args),
         None => print(&{ command }.render_help().to_string()),
     };
     match result {
@@ -165,13 +180,9 @@ fn refused(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let help = match (error.kind(), std::env::args().nth(1).as_deref()) {
-        (ErrorKind::InvalidSubcommand, _) => "--help",
-        (_, Some("copy")) => "copy --help",
-        (_, Some("demo")) => "demo --help",
-        (_, Some("forward")) => "forward --help",
-        _ => "--help",
-    };
+    let given = std::env::args().nth(1).filter(|_| error.kind() != ErrorKind::InvalidSubcommand);
+    let command = given.filter(|given| Cli::command().find_subcommand(given).is_some());
+    let help = command.map_or_else(|| "--help".to_owned(), |command| format!("{command} --help"));
     eprintln!("underpass: {}; try: {} {help}", in_one_line(&error.render().to_string()), command_name());
     ExitCode::from(2)
 }

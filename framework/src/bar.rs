@@ -1,8 +1,8 @@
 //! A BAR: the registers, doorbells or memory that a PCI function shows, whatever stands behind them.
 //!
 //! # Why this module is unsafe, and what makes it sound
-//! Real registers are reached through raw pointers into mappings of the device ([`mmio`] has what is done with them).
-//! The invariant: whoever makes an [`Area`] vouches for its bytes as long as it lives, every [`Bar`] over them holds it,
+//! Real registers are reached through raw pointers into mappings of the device (`mmio` has what is done with them).
+//! The invariant: whoever makes an `Area` vouches for its bytes as long as it lives, every [`Bar`] over them holds it,
 //! and `Bar::at` is the only way to an offset: it lets nothing through that is misaligned or does not end inside the
 //! window. No reference to MMIO is ever made.
 //!
@@ -44,7 +44,7 @@ pub struct Bar {
 /// What is behind a BAR.
 #[derive(Clone)]
 enum Target {
-    /// A mapping of the device, whole: it starts where the target does, and ends where the window does or later.
+    /// A real device, mapped as far as the window reaches.
     Mmio { area: Area, can_post: bool },
     /// A real device of which only parts are mapped; the rest takes a call each.
     Parts { areas: Arc<[Area]>, can_post: bool, bar: usize, rest: Arc<dyn Registers> },
@@ -97,7 +97,7 @@ impl Bar {
         let Target::Parts { areas, can_post, .. } = &self.target else { return self };
         let Some(area) = areas.iter().find(|area| area.holds(self.start, self.len)) else { return self };
         let target = Target::Mmio { area: area.clone(), can_post: *can_post };
-        Self { start: self.start - area.start(), target, ..self }
+        Self { target, ..self }
     }
 
     /// Registers that are a call each, of `bar` of `function`.

@@ -153,6 +153,29 @@ mod tests {
     }
 
     #[test]
+    fn a_line_is_unmasked_at_each_signal_that_is_taken_while_its_device_is_there() {
+        #[derive(Debug, Default)]
+        struct Counter(std::sync::atomic::AtomicUsize);
+        impl Line for Counter {
+            fn unmask(&self) {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        let line = Arc::new(Counter::default());
+        let interrupt = Interrupt::new().unwrap().of_line(Arc::downgrade(&line) as Weak<dyn Line>);
+        let unmasked = || line.0.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(!interrupt.drain());
+        assert_eq!(unmasked(), 0, "it was not signalled, so it is not masked");
+        interrupt.signal();
+        interrupt.signal();
+        assert!(interrupt.drain());
+        assert_eq!(unmasked(), 1);
+        drop(line);
+        interrupt.signal();
+        assert!(interrupt.drain());
+    }
+
+    #[test]
     fn vectors_that_nobody_asked_for_are_silent_and_setting_again_replaces() {
         let (interrupts, old) = pair();
         interrupts.trigger(2);

@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -36,7 +37,8 @@ fn has_iommu() -> bool {
 }
 
 fn skip(why: &str) {
-    writeln!(std::io::stderr(), "testbed: not here: {why}").unwrap();
+    // Past the test harness, which captures what is printed.
+    std::io::stderr().write_all(format!("testbed: not here: {why}\n").as_bytes()).unwrap();
 }
 
 fn address(variable: &str) -> String {
@@ -65,7 +67,7 @@ impl Attachable for Edu {
     }
 }
 
-/// Where vfio-pci has a region in its file: VFIO_DEVICE_GET_REGION_INFO would say the same (`VFIO_PCI_INDEX_TO_OFFSET`).
+/// Where vfio-pci has a region in its file: `VFIO_DEVICE_GET_REGION_INFO` would say the same (`VFIO_PCI_INDEX_TO_OFFSET`).
 const fn region_start(index: u64) -> u64 {
     index << 40
 }
@@ -303,6 +305,54 @@ fn an_iommu_that_does_not_remap_interrupts_is_explained() {
     assert_eq!(error.kind(), ErrorKind::Permission);
     assert!(error.mend_text().is_some_and(|mend| mend.contains("allow_unsafe_interrupts")), "{error}");
     drop(Edu::type1("UNDERPASS_EDU"));
+}
+
+/// Runs the test `as_an_ordinary_user` in a process of one, who may lock 1 MiB.
+fn run_as_user(step: &str) {
+    let test = std::env::current_exe().unwrap();
+    let test = format!("{STEP}='{step}' {} --ignored --exact as_an_ordinary_user", test.display());
+    let command = format!("ulimit -l 1024; {test}");
+    let output = Command::new("su").args(["-s", "/bin/sh", "user", "-c", &command]).output().unwrap();
+    assert!(output.status.success(), "{step}: {}", String::from_utf8_lossy(&output.stdout));
+}
+
+const STEP: &str = "UNDERPASS_GROUPS_STEP";
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn an_ordinary_user_needs_the_group_and_enough_memlock() {
+    if !has_iommu() {
+        return;
+    }
+    let path = format!("/dev/vfio/{}", group_number(&address("UNDERPASS_EDU")));
+    run_as_user("may not");
+    std::os::unix::fs::chown(&path, Some(1000), None).unwrap();
+    run_as_user("may");
+    std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+}
+
+/// What the test above has done in another process.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn as_an_ordinary_user() {
+    let Ok(step) = std::env::var(STEP) else { return };
+    let number = group_number(&address("UNDERPASS_EDU"));
+    if step == "may not" {
+        let error = Type1::open().unwrap().group(number).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        let mend = format!("run: sudo chown $USER /dev/vfio/{number}");
+        assert_eq!(error.mend_text(), Some(&*mend), "{error}");
+        return;
+    }
+    let edu = Edu::type1("UNDERPASS_EDU");
+    let ioas = Type1::open().unwrap().alloc_ioas().unwrap();
+    let _attachment = ioas.attach(&edu, None).unwrap();
+    let (small, large) = (region(128, PageSize::Size4K), region(200, PageSize::Size4K));
+    let _mapping = ioas.map(&small, Access::READ_WRITE).unwrap();
+    let error = ioas.map(&large, Access::READ_WRITE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoMemory, "{error}");
+    assert!(error.mend_text().is_some_and(|mend| mend.starts_with("run: ulimit -l 1312 ")), "{error}");
+    drop(ioas.map(&small, Access::READ_WRITE).unwrap());
 }
 
 fn unprotected() -> underpass_iommu::Result<Noiommu> {

@@ -54,8 +54,11 @@ const ASK: Duration = Duration::from_millis(100);
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let (ports, cores) = open(args)?;
+    // Later than the ports: it starts a thread, and a software IOMMU has to wait for the kernel (membarrier(2)), for some
+    // 20 ms, in a process that has threads already.
     let stop = Stop::install()?;
-    let (report, failure) = measure(args, &stop, true)?;
+    let (report, failure) = forward(args, ports, &cores, &stop, true)?;
     if args.json {
         crate::print(&format!("{}\n", serde_json::to_string(&report)?))?;
     } else {
@@ -129,6 +132,12 @@ pub(crate) fn judge(report: &Report, failure: Option<&Error>) -> anyhow::Result<
 
 /// Does what the arguments say, and reports on it, together with what made it end early, if that was a failure.
 pub(crate) fn measure(args: &Args, stop: &Stop, show_rates: bool) -> anyhow::Result<(Report, Option<Error>)> {
+    let (ports, cores) = open(args)?;
+    forward(args, ports, &cores, stop, show_rates)
+}
+
+/// Opens the ports; with them, the cores to run on.
+fn open(args: &Args) -> anyhow::Result<(Vec<Box<dyn Port>>, Vec<usize>)> {
     let cores = cores(args)?;
     for (index, core) in cores.iter().enumerate().skip(args.queues) {
         crate::note(&format!("core {core} has nothing to do: --queues {} uses it", index + 1));
@@ -143,8 +152,7 @@ pub(crate) fn measure(args: &Args, stop: &Stop, show_rates: bool) -> anyhow::Res
             .into());
         }
     }
-    let opened = ports::open(&args.trust.registry(), &addresses)?;
-    forward(args, opened, &cores, stop, show_rates)
+    Ok((ports::open(&args.trust.registry(), &addresses)?, cores))
 }
 
 /// The cores to run on: those given, or one for each queue as far as there are.

@@ -92,11 +92,8 @@ pub(super) fn open(
         return Err(other_class(address.text, driver.class));
     }
     address.check_options(&format!("a {} device", driver.name), OPTIONS.iter().chain(driver.options))?;
-    let options = vfio::Options {
-        vf_token: address.uuid("vf-token")?,
-        unprotected: address.unprotected.cloned(),
-        ..vfio::Options::default()
-    };
+    let options =
+        vfio::Options { vf_token: address.uuid("vf-token")?, unprotected: address.unprotected.cloned() };
     (driver.open)(PciDevice::open(at, &options)?, address)
 }
 

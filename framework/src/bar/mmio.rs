@@ -43,10 +43,6 @@ impl Area {
         Self { start, len, base, _keep: keep }
     }
 
-    pub(super) fn start(&self) -> u64 {
-        self.start
-    }
-
     /// Whether it has all of the `bytes` at `at` of the BAR.
     #[inline]
     pub(super) fn holds(&self, at: u64, bytes: u64) -> bool {

@@ -44,6 +44,71 @@ fn accesses_of_every_width_are_little_endian_parts_of_one_word() {
     }
 }
 
+/// Registers that are a call each, and what was asked of them.
+#[derive(Default)]
+struct Calls(std::sync::Mutex<Vec<Call>>);
+
+/// BAR, offset, width, and what was written.
+type Call = (usize, u64, Width, Option<u64>);
+
+impl crate::pci::Registers for Calls {
+    fn read(&self, bar: usize, offset: u64, width: Width) -> u64 {
+        self.0.lock().unwrap().push((bar, offset, width, None));
+        0x1111_2222_3333_4444
+    }
+    fn write(&self, bar: usize, offset: u64, width: Width, value: u64) {
+        self.0.lock().unwrap().push((bar, offset, width, Some(value)));
+    }
+    fn read_config(&self, _: u16, _: Width) -> u32 {
+        unreachable!("no configuration space")
+    }
+    fn write_config(&self, _: u16, _: Width, _: u32) {
+        unreachable!("no configuration space")
+    }
+}
+
+#[test]
+fn a_bar_of_which_parts_are_mapped_reaches_each_place_its_way() {
+    let (registers, calls) =
+        (Arc::new(Registers([const { AtomicU64::new(0) }; 32])), Arc::new(Calls::default()));
+    let ptr = NonNull::from(&registers.0).cast::<u8>();
+    // SAFETY: as in mmio() above, the first half; 128 is a multiple of 64.
+    let first = unsafe { Area::new(128, ptr, 128, registers.clone()) };
+    // SAFETY: there are 256 bytes.
+    let half = unsafe { ptr.add(128) };
+    // SAFETY: likewise, the second half.
+    let second = unsafe { Area::new(512, half, 128, registers.clone()) };
+    let bar = Bar::device(vec![first, second], calls.clone(), 3, 1024).named("BAR 3");
+    let asked = || std::mem::take(&mut *calls.0.lock().unwrap());
+    bar.write64(128, 1);
+    bar.write64(248, 2);
+    bar.write32(512, 3);
+    assert_eq!((bar.read64(128), bar.read64(248), bar.read32(512)), (1, 2, 3));
+    assert_eq!(asked(), []);
+    let word = |n: usize| registers.0[n].load(Ordering::Relaxed);
+    assert_eq!((word(0), word(15), word(16)), (1, 2, 3));
+    for beside in [120, 256, 504, 640, 1016] {
+        assert_eq!(bar.read16(beside), 0x4444);
+        bar.write64(beside, beside);
+        assert_eq!(asked(), [(3, beside, Width::Bits16, None), (3, beside, Width::Bits64, Some(beside))]);
+    }
+    // A window that is mapped whole has no way to the calls; others keep both.
+    let (inside, across) = (bar.window(512, 128).unwrap(), bar.window(64, 128).unwrap());
+    assert!(matches!(inside.target, Target::Mmio { .. }) && matches!(across.target, Target::Parts { .. }));
+    inside.write64(120, 7);
+    assert_eq!((word(31), inside.read64(120), inside.window(64, 64).unwrap().read64(56)), (7, 7, 7));
+    across.write64(64, 8);
+    assert_eq!((word(0), asked()), (8, vec![]));
+    assert_eq!(across.read32(0), 0x3333_4444);
+    assert_eq!(asked(), [(3, 64, Width::Bits32, None)]);
+    assert!(refusal(|| _ = inside.read64(128)).contains("outside"));
+    // A descriptor is one write, or none.
+    assert_eq!(across.can_post64().unwrap_err().kind(), ErrorKind::Unsupported);
+    assert_eq!(inside.can_post64().is_ok(), cpu_has_movdir64b());
+    assert!(refusal(|| across.post64(0, &[0; 64])).contains("can_post64"));
+    assert_eq!(asked(), []);
+}
+
 #[test]
 fn narrow_writes_of_several_threads_to_one_word_do_not_undo_each_other() {
     let bar = Bar::memory(64);

@@ -18,7 +18,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use underpass_iommu::{Error, ErrorKind, Region, Result};
+use underpass_iommu::{Error, ErrorKind, PageSize, Region, Result};
 
 pub use self::records::Records;
 pub use self::space::{DmaSpace, View};
@@ -58,6 +58,16 @@ impl sealed::Spanned for DmaBuf {
 }
 
 impl DmaMemory for DmaBuf {}
+
+/// The first offset in a region, from `at` on, from which `len` bytes lie in one page of 2 MiB; `at` where no such page holds as
+/// much.
+///
+/// What a device is to see in one piece is best placed so: without an IOMMU, the next page is somewhere else.
+#[inline]
+pub const fn in_one_page(at: usize, len: usize) -> usize {
+    const PAGE: usize = PageSize::Size2M.bytes() as usize;
+    if len > PAGE || at % PAGE + len <= PAGE { at } else { at.next_multiple_of(PAGE) }
+}
 
 /// An owned piece of a [`Region`]: memory that can be handed to a device.
 pub struct DmaBuf {
@@ -234,6 +244,17 @@ mod tests {
         assert_eq!(head.len(), 10_000);
         assert_eq!(head[5_999..6_001], [1, 2]);
         assert_eq!(head.into_chunks(4_096).iter().map(DmaBuf::offset).collect::<Vec<_>>(), [0, 4_096]);
+    }
+
+    #[test]
+    fn what_fits_into_a_page_does_not_reach_over_its_end() {
+        const PAGE: usize = 2 << 20;
+        assert_eq!(in_one_page(0, PAGE), 0);
+        assert_eq!(in_one_page(1, PAGE), PAGE);
+        assert_eq!(in_one_page(PAGE - 64, 64), PAGE - 64);
+        assert_eq!(in_one_page(PAGE - 64, 65), PAGE);
+        assert_eq!(in_one_page(3 * PAGE - 1, 2), 3 * PAGE);
+        assert_eq!(in_one_page(64, PAGE + 1), 64, "fits into none");
     }
 
     #[test]

@@ -30,7 +30,6 @@ impl Pages {
     }
 
     /// Where the memory, which lies in the region, is; `None` if it reaches from one page into another that is no neighbour.
-    #[inline(never)]
     pub(super) fn translate(&self, span: Span) -> Option<Iova> {
         let offset = span.address - self.start;
         let page = |offset: u64| (offset >> self.shift) as usize;

@@ -38,6 +38,16 @@ enum Elsewhere {
 }
 
 impl Elsewhere {
+    /// A call, so that the callers' loops have the registers for what most address spaces need.
+    #[cold]
+    #[inline(never)]
+    fn translate(&self, span: Span) -> Option<Iova> {
+        match self {
+            Self::InProcess => Some(Iova::new(span.address)),
+            Self::InPages(all) => all.get(span.region)?.as_ref()?.translate(span),
+        }
+    }
+
     fn is_in_pages(&self, region: usize) -> bool {
         matches!(self, Self::InPages(all) if matches!(all.get(region), Some(Some(_))))
     }
@@ -173,10 +183,7 @@ impl View<'_> {
     fn translate(&self, span: Span) -> Option<Iova> {
         match self.bases.get(span.region) {
             Some(&base) if base != NOT_MAPPED => Some(Iova::new(span.address.wrapping_add(base))),
-            _ => match self.elsewhere {
-                Elsewhere::InProcess => Some(Iova::new(span.address)),
-                Elsewhere::InPages(all) => all.get(span.region)?.as_ref()?.translate(span),
-            },
+            _ => self.elsewhere.translate(span),
         }
     }
 

@@ -1,7 +1,7 @@
 //! A PCI function as a driver sees it: configuration space, BARs, interrupts, reset.
 //!
 //! [`PciDevice`] is one type whatever the function is: a driver is not generic over it and can not tell a model in this
-//! process from anything else. What is under it speaks through one small trait.
+//! process from one that the kernel hands out ([`vfio`]). What is under it speaks through one small trait.
 
 mod address;
 mod config;
@@ -222,6 +222,8 @@ impl PciDevice {
 
     /// Its interrupt vectors from 0 to `count` - 1, signalled from now on. Those asked for before fall silent.
     ///
+    /// A message-signalled interrupt is a write of the device's: it takes bus mastering.
+    ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if it has fewer; the kernel's refusal.
     pub fn interrupts(&self, count: usize) -> Result<Vec<Interrupt>> {
@@ -238,7 +240,7 @@ impl PciDevice {
     }
 
     /// Whether the device is gone, or about to go: it was unplugged, the kernel asks for it back, or it had an error that
-    /// ends its use. Never false again. One relaxed load: cheap enough for a worker's loop.
+    /// ends its use. Never false again. A call and one relaxed load: cheap enough for a worker's loop.
     ///
     /// Whoever sees it stops using the device and drops it; the kernel waits for that. Until then no access fails:
     /// registers of a device that has left read as all ones.
@@ -288,7 +290,8 @@ impl PciDevice {
         self.function.engine_cores()
     }
 
-    /// Why an engine runs no more: the device then never finishes what it was given.
+    /// Why the device will not finish what it was given: it [is gone](Self::is_gone), or an engine of a software device
+    /// runs no more.
     pub fn failure(&self) -> Option<Error> {
         self.function.failure()
     }

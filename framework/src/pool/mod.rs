@@ -230,7 +230,7 @@ impl PoolBuilder {
         for n in 0..count {
             // SAFETY: the region, which the pointer is good for, reaches to the end of the last buffer's place.
             let buffer = unsafe { first_buffer.add(place(n, stride)) };
-            // SAFETY: likewise for metadata; a page of 2 MiB has a whole number of them.
+            // SAFETY: likewise, the region of the metadata has room for `count` of them.
             let meta = unsafe { first_meta.add(n) };
             // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };

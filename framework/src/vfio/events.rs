@@ -2,7 +2,7 @@
 //!
 //! Both are eventfds (`VFIO_PCI_REQ_IRQ_INDEX`, `VFIO_PCI_ERR_IRQ_INDEX`), and one thread a device sleeps on them, so that
 //! everybody else learns of it by one relaxed load. Whoever unplugs a device, or unbinds it, waits in the kernel until
-//! its user has closed it (`vfio_unregister_group_dev`, drivers/vfio/vfio_main.c, Linux 7.3).
+//! its user has closed it (`vfio_unregister_group_dev` in `drivers/vfio/vfio_main.c` of Linux 7.3).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};

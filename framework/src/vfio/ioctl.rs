@@ -57,7 +57,7 @@ impl fmt::Debug for Handle {
     }
 }
 
-/// What VFIO_DEVICE_GET_INFO says.
+/// What `VFIO_DEVICE_GET_INFO` says.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Info {
     pub is_pci: bool,
@@ -66,14 +66,15 @@ pub(super) struct Info {
 
 /// The kinds of interrupts of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 pub(super) enum Irq {
-    Intx = vfio::VFIO_PCI_INTX_IRQ_INDEX as isize,
-    Msi = vfio::VFIO_PCI_MSI_IRQ_INDEX as isize,
-    Msix = vfio::VFIO_PCI_MSIX_IRQ_INDEX as isize,
+    Intx = vfio::VFIO_PCI_INTX_IRQ_INDEX,
+    Msi = vfio::VFIO_PCI_MSI_IRQ_INDEX,
+    Msix = vfio::VFIO_PCI_MSIX_IRQ_INDEX,
     /// The device had an error that it does not recover from by itself.
-    Error = vfio::VFIO_PCI_ERR_IRQ_INDEX as isize,
+    Error = vfio::VFIO_PCI_ERR_IRQ_INDEX,
     /// The kernel asks for the device back.
-    Request = vfio::VFIO_PCI_REQ_IRQ_INDEX as isize,
+    Request = vfio::VFIO_PCI_REQ_IRQ_INDEX,
 }
 
 pub(super) fn device_info(device: &Handle) -> io::Result<Info> {
@@ -86,7 +87,7 @@ pub(super) fn device_info(device: &Handle) -> io::Result<Info> {
     })
 }
 
-/// What VFIO_DEVICE_GET_REGION_INFO says of region `index`: a `vfio_region_info` and its capabilities.
+/// What `VFIO_DEVICE_GET_REGION_INFO` says of region `index`: a `vfio_region_info` and its capabilities.
 pub(super) fn region_info(device: &Handle, index: u32) -> io::Result<Vec<u8>> {
     // More capabilities than fit here are not believed.
     const MOST: usize = 1 << 16;
@@ -124,7 +125,7 @@ pub(super) fn irq_count(device: &Handle, irq: Irq) -> io::Result<u32> {
 pub(super) fn set_irqs(device: &Handle, irq: Irq, fds: &[BorrowedFd<'_>]) -> io::Result<u32> {
     let action = vfio::VFIO_IRQ_SET_DATA_EVENTFD | vfio::VFIO_IRQ_SET_ACTION_TRIGGER;
     let mut set = irq_set(action, irq, fds.len() as u32);
-    set.extend(fds.iter().map(|fd| fd.as_raw_fd() as u32));
+    set.extend(fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned()));
     ask(device, 10, &mut set)
 }
 
@@ -145,7 +146,7 @@ fn irq_set(flags: u32, irq: Irq, count: u32) -> Vec<u32> {
     vec![0, flags, irq as u32, 0, count]
 }
 
-/// VFIO_DEVICE_RESET.
+/// `VFIO_DEVICE_RESET`.
 pub(super) fn reset(device: &Handle) -> io::Result<()> {
     // The request takes no argument, so the kernel leaves this one alone.
     ask(device, 11, &mut [0]).map(drop)

@@ -58,14 +58,13 @@ impl RegionInfo {
     /// The parts to map, in order: whole pages, none twice. `msix` is where the MSI-X table is in it.
     pub(super) fn areas(&self, page: u64, msix: Option<Range<u64>>) -> Vec<Range<u64>> {
         let Some(end) = self.size.checked_next_multiple_of(page) else { return Vec::new() };
-        let mut parts = match &self.sparse {
-            _ if !self.can_map => Vec::new(),
-            None => vec![0..end],
-            Some(parts) => {
-                let part = |&(offset, len): &(u64, u64)| Some(offset..offset.checked_add(len)?);
-                parts.iter().filter_map(part).collect()
-            }
-        };
+        if !self.can_map {
+            return Vec::new();
+        }
+        let whole = [(0, end)];
+        let parts = self.sparse.as_deref().unwrap_or(&whole).iter();
+        let mut parts: Vec<Range<u64>> =
+            parts.filter_map(|&(offset, len)| Some(offset..offset.checked_add(len)?)).collect();
         parts.retain(|part| {
             part.start < part.end && part.end <= end && part.start % page == 0 && part.end % page == 0
         });

@@ -34,15 +34,28 @@ impl Hardware {
                     is_physical: true,
                 })
             }
-            // The id is not of a device for which the iommufd has an IOMMU, but of a mediated one.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Self {
-                registers: Registers::Unknown,
-                pasid_width: 0,
-                dirty_tracking: false,
-                is_physical: false,
-            }),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && is_mediated(ioas, device) => {
+                Ok(Self {
+                    registers: Registers::Unknown,
+                    pasid_width: 0,
+                    dirty_tracking: false,
+                    is_physical: false,
+                })
+            }
             Err(error) => Err(refusal::hardware(error)),
         }
+    }
+}
+
+/// Whether the iommufd knows the device's id, but not as that of one behind an IOMMU: it makes no page table for it
+/// either.
+fn is_mediated(ioas: &Object, device: &dyn Device) -> bool {
+    match calls::hwpt_alloc(ioas.fd(), ioas.id, device.id(), 0, None) {
+        Ok(id) => {
+            drop(Object::new(&ioas.iommufd, id, "page table"));
+            false
+        }
+        Err(error) => error.raw_os_error() == Some(libc::ENOENT),
     }
 }
 
@@ -72,9 +85,13 @@ impl PageTable {
         // Where the kernel has PASIDs for the device, the RID's page table needs the flag too, or no PASID is attached
         // beside it.
         let pasid = if hardware.pasid_width != 0 { PASID } else { 0 };
-        let mut flags = vec![dirty | pasid, dirty, pasid, 0];
-        flags.dedup();
-        for (flags, with_requests) in flags.into_iter().flat_map(|flags| [(flags, true), (flags, false)]) {
+        let flags: &[u32] = if dirty == 0 || pasid == 0 {
+            &[dirty | pasid, 0]
+        } else {
+            // Not every IOMMU has both in one format of page tables.
+            &[dirty | pasid, dirty, pasid, 0]
+        };
+        for (flags, with_requests) in flags.iter().flat_map(|&flags| [(flags, true), (flags, false)]) {
             let queue = requests.as_ref().map(RequestQueue::id);
             if with_requests && queue.is_none() {
                 continue;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::hwpt::{PageTable, PageTables};
-use super::{Device, Iommufd, Object, calls, refusal, uapi};
+use super::{Device, Iommufd, Object, calls, insist, refusal, uapi};
 use crate::{
     Access, Attachable, AttachableKind, AttachmentOps, Capabilities, Error, ErrorKind, Fault, IoasOps, Iova,
     IovaRange, PageSize, Pasid, Region, RegionId, Result,
@@ -225,7 +225,7 @@ impl AttachmentOps for KernelAttachment {
 impl Drop for KernelAttachment {
     fn drop(&mut self) {
         let Claim { device, pasid, .. } = &self.claim;
-        if let Err(error) = device.detach(*pasid) {
+        if let Err(error) = insist(|| device.detach(*pasid)) {
             // What is mapped there is still taken from the page table by its unmap, or leaked.
             tracing::error!("{}: {error}; it stays attached until it is closed", device.name());
         }

@@ -3,6 +3,20 @@
 //! An [`Iommufd`] is an open `/dev/iommu`. It makes address spaces ([`Ioas`]); devices that are bound to it
 //! ([`Iommufd::bind`]), or single PASIDs of theirs, are attached to those.
 //!
+//! ```no_run
+//! use underpass_iommu::iommufd::Iommufd;
+//! use underpass_iommu::{Access, IommuBackend, Region};
+//! # fn example(device: &dyn underpass_iommu::Attachable) -> underpass_iommu::Result<()> {
+//! let iommufd = Iommufd::shared()?;
+//! let ioas = iommufd.alloc_ioas()?;
+//! let attachment = ioas.attach(device, None)?;
+//! println!("{:?}", attachment.capabilities());
+//! let region = Region::builder(2 << 20).build()?;
+//! let mapping = ioas.map(&region, Access::READ_WRITE)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What the kernel leaves to its caller is here, once:
 //! - *One page table (HWPT) a device and address space*, made with the PASID flag where there are PASIDs, and shared by the
 //!   device's RID and its PASIDs in that space. An IOMMU that lets none be made (virtio-iommu) gets the address space itself.
@@ -190,6 +204,11 @@ impl IommuBackend for Iommufd {
     }
 }
 
+/// Undoes something, and tries again if that fails: what is not undone stays, so that an error would help nobody as much.
+fn insist<T, E>(undo: impl Fn() -> Result<T, E>) -> Result<T, E> {
+    undo().or_else(|_| undo())
+}
+
 /// Something that the kernel has made in an iommufd; destroyed when dropped.
 struct Object {
     iommufd: Iommufd,
@@ -219,7 +238,7 @@ impl Drop for Object {
         if *self.kept.get_mut() {
             return;
         }
-        if let Err(error) = calls::destroy(self.fd(), self.id) {
+        if let Err(error) = insist(|| calls::destroy(self.fd(), self.id)) {
             tracing::error!("{} {} stays until {} is closed: {error}", self.what, self.id, IommuFd::PATH);
         }
     }

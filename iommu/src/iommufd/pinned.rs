@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::calls::{self, IommuFd};
-use super::{Iommufd, refusal};
+use super::{Iommufd, insist, refusal};
 use crate::{Access, Iova, Region, RegionId, Result};
 
 /// A region's place: the id of an address space, and where in it.
@@ -129,7 +129,7 @@ fn aside_iova(region: &Region) -> Iova {
 }
 
 fn unmap_exactly(fd: &IommuFd, (ioas, iova): Place, len: u64) -> Result<()> {
-    match calls::ioas_unmap(fd, ioas, iova, len) {
+    match insist(|| calls::ioas_unmap(fd, ioas, iova, len)) {
         Ok(unmapped) if unmapped == len => Ok(()),
         Ok(unmapped) => Err(refusal::unmap_is_partial(iova, len, unmapped)),
         Err(error) => Err(refusal::unmap(error, iova, len)),

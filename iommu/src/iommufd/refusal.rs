@@ -234,10 +234,11 @@ struct Limit {
 impl Limit {
     fn read() -> Self {
         let text = |path| fs::read_to_string(path).unwrap_or_default();
-        Self::parse(&text("/proc/self/limits"), &text("/proc/self/status"))
+        // Capabilities are a thread's.
+        Self::parse(&text("/proc/self/limits"), &text("/proc/thread-self/status"))
     }
 
-    /// From the texts of /proc/self/limits and /proc/self/status.
+    /// From the texts of /proc/self/limits and /proc/thread-self/status.
     fn parse(limits: &str, status: &str) -> Self {
         /// Whoever has it locks as much as it likes (capabilities(7)).
         const CAP_IPC_LOCK: u32 = 14;

@@ -3,15 +3,18 @@
 //!
 //! Source: `Documentation/fault-injection/fault-injection.rst` of Linux 7.3, "/proc/self/task/tid/fail-nth".
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use underpass_iommu::iommufd::{Iommufd, Options};
-use underpass_iommu::{Access, Attachment, Ioas, IommuBackend, Pasid, Region, Result};
+use underpass_iommu::{
+    Access, Attachment, Ioas, IommuBackend, Iova, IovaRange, Mapping, PageSize, Pasid, Region, Result,
+};
 
 use crate::kernel::HAS_PASIDS;
-use crate::rig::{MockDevice, Rig, huge, map, pasid, pinned_bytes, small, with_options};
+use crate::rig::{MockDevice, Rig, anonymous, huge, map, pasid, pinned_bytes, small, with_options};
 
 /// Has the `nth` of what can fail in this thread's system calls fail, while `operation` runs. Returns its result, and
 /// whether it came that far.
@@ -216,7 +219,7 @@ fn attaching_a_pasid() {
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn mapping() {
-    for make in [|| small(1), || small(600), || huge(2)] as [fn() -> Arc<Region>; 3] {
+    for make in [|| small(1), || small(600), || huge(2), || anonymous(1)] as [fn() -> Arc<Region>; 4] {
         at_every_place(
             &Options::default(),
             |rig| {
@@ -232,6 +235,28 @@ fn mapping() {
             },
         );
     }
+}
+
+/// What may only be read is pinned aside and copied.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn mapping_for_reading() {
+    at_every_place(
+        &Options::default(),
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            (two, attachment, small(600))
+        },
+        |_, (two, _, region)| two.spaces[0].map(region, Access::READ),
+        |_, (two, ..)| assert_eq!(pinned_bytes(), two.pinned),
+        |rig, (two, _, region), mapping| {
+            assert!(rig.maps(two.table(0), mapping));
+            assert_eq!(pinned_bytes() - two.pinned, region.len());
+            drop(map(&two.spaces[0], region));
+            assert!(rig.maps(two.table(0), mapping));
+        },
+    );
 }
 
 /// A region that another space has already is copied from there.
@@ -263,7 +288,8 @@ fn mapping_into_a_second_space() {
     }
 }
 
-/// The kernel keeps what it needs for unmapping, so that this never fails for want of memory.
+/// The kernel keeps what it needs for unmapping, so that it never fails for want of memory; what else is injected, the
+/// backend overcomes.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn unmapping() {
@@ -276,14 +302,15 @@ fn unmapping() {
                 let mapping = map(&two.spaces[0], &small(600));
                 let copy = copied.then(|| map(&two.spaces[1], mapping.region()));
                 let place = (mapping.iova(), Arc::clone(mapping.region()));
-                (two, attachments, std::cell::Cell::new(Some(mapping)), copy, place)
+                (two, attachments, Cell::new(Some(mapping)), copy, place)
             },
-            |_, (_, _, mapping, ..)| mapping.take().map_or(Ok(()), underpass_iommu::Mapping::unmap),
+            |_, (_, _, mapping, ..)| mapping.take().map_or(Ok(()), Mapping::unmap),
             |_, _| panic!("it failed"),
             |rig, (two, _, _, copy, (iova, region)), ()| {
                 assert!(!rig.maps_any_at(two.table(0), *iova, region));
                 assert_eq!(pinned_bytes() - two.pinned, if copied { region.len() } else { 0 });
                 assert!(copy.as_ref().is_none_or(|copy| rig.maps(two.table(1), copy)));
+                assert_eq!(map(&two.spaces[0], &small(600)).iova(), *iova, "the addresses are free again");
             },
         );
     }
@@ -297,7 +324,7 @@ fn detaching() {
             &everything(),
             |rig| {
                 let two = Two::new(rig);
-                let attachment = std::cell::Cell::new(Some(two.attach(0, pasid).unwrap()));
+                let attachment = Cell::new(Some(two.attach(0, pasid).unwrap()));
                 let mapping = map(&two.spaces[0], &small(20));
                 (two, attachment, mapping)
             },
@@ -313,4 +340,69 @@ fn detaching() {
             },
         );
     }
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn telling_requests() {
+    at_every_place(
+        &everything(),
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            for page in 1..=3 {
+                rig.kernel.request_page(two.devices[0].ids(), None, Iova::new(page * 4096), 1).unwrap();
+            }
+            (two, attachment)
+        },
+        |_, (_, attachment)| attachment.next_fault(),
+        |_, _| (),
+        |_, (_, attachment), first| {
+            let others = std::iter::from_fn(|| attachment.next_fault().unwrap());
+            let told: Vec<_> = first.iter().cloned().chain(others).map(|fault| fault.iova.get()).collect();
+            assert_eq!(told, [4096, 8192, 12288], "none is lost, and none told twice");
+        },
+    );
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn telling_written_pages() {
+    let options = Options { huge_pages: false, ..everything() };
+    at_every_place(
+        &options,
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            let mapping = map(&two.spaces[0], &small(3));
+            (two, attachment, mapping)
+        },
+        |_, (_, attachment, _)| attachment.track_dirty(true),
+        |_, _| (),
+        |rig, (two, attachment, mapping), ()| {
+            rig.kernel.set_dirty(two.table(0), mapping.iova(), 4096, &[0b101]).unwrap();
+            let range = IovaRange::sized(mapping.iova(), 3 * 4096).unwrap();
+            let told = attachment.dirty_pages(range, PageSize::Size4K, true).unwrap();
+            assert_eq!(told, [range.first, range.first.wrapping_add(8192)]);
+        },
+    );
+    at_every_place(
+        &options,
+        |rig| {
+            let two = Two::new(rig);
+            let attachment = two.attach(0, None).unwrap();
+            attachment.track_dirty(true).unwrap();
+            let mapping = map(&two.spaces[0], &small(3));
+            rig.kernel.set_dirty(two.table(0), mapping.iova(), 4096, &[0b110]).unwrap();
+            (two, attachment, mapping)
+        },
+        |_, (_, attachment, mapping)| {
+            let range = IovaRange::sized(mapping.iova(), 3 * 4096).unwrap();
+            attachment.dirty_pages(range, PageSize::Size4K, false)
+        },
+        |_, _| (),
+        |_, (_, _, mapping), told| {
+            assert_eq!(*told, [1, 2].map(|page| mapping.iova().wrapping_add(page * 4096)));
+        },
+    );
 }

@@ -7,10 +7,13 @@
 //! # Why this module is unsafe, and what makes it sound
 //! ioctl(2) reads and writes memory that it is given as a bare number. [`Iommu`] lets the kernel write nothing but
 //! the structure that is handed over, the one buffer that [`Iommu::read`] borrows for the call, and memory of regions,
-//! to which nobody makes references here: as a device would.
+//! to which nobody makes references here: as a device would. The other system calls here get memory that is borrowed for
+//! them.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::fs::{DirEntry, File};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -158,8 +161,16 @@ impl Iommu {
 
     /// Whether the HWPT translates the `len` bytes at `iova` to the very pages that this process has at `memory`.
     pub(crate) fn maps(&self, page_table: u32, iova: Iova, memory: NonNull<u8>, len: u64) -> bool {
-        let arguments = [iova.get(), len, address(memory), 0, 0, 0];
-        match self.ask(Ask::CheckMap, page_table, arguments) {
+        self.check_map(page_table, iova, address(memory), len)
+    }
+
+    /// Whether the HWPT translates the page of 4 KiB at `iova` to the one that this process has at `address`.
+    pub(crate) fn maps_address(&self, page_table: u32, iova: Iova, address: u64) -> bool {
+        self.check_map(page_table, iova, address, PageSize::Size4K.bytes())
+    }
+
+    fn check_map(&self, page_table: u32, iova: Iova, address: u64, len: u64) -> bool {
+        match self.ask(Ask::CheckMap, page_table, [iova.get(), len, address, 0, 0, 0]) {
             Ok(_) => true,
             Err(error) => {
                 assert_eq!(
@@ -319,4 +330,73 @@ impl Iommu {
         // SAFETY: the request takes this structure, without pointers.
         unsafe { self.call(uapi::IOMMUFD_CMD_IOAS_UNMAP, &mut argument) }
     }
+}
+
+/// This process's one queue of page requests, which the backend keeps to itself.
+#[derive(Debug)]
+pub(crate) struct RequestQueue(File);
+
+impl RequestQueue {
+    /// The one that is open.
+    pub(crate) fn open() -> Self {
+        let is_queue = |entry: &DirEntry| {
+            std::fs::read_link(entry.path()).is_ok_and(|link| link.ends_with("anon_inode:[iommufd-pgfault]"))
+        };
+        let queues: Vec<_> =
+            std::fs::read_dir("/proc/self/fd").unwrap().map(Result::unwrap).filter(is_queue).collect();
+        assert_eq!(queues.len(), 1, "{queues:?}");
+        let fd = queues[0].file_name().to_str().unwrap().parse().unwrap();
+        // SAFETY: the backend keeps the descriptor open for longer than this statement.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        Self(File::from(fd.try_clone_to_owned().unwrap()))
+    }
+
+    /// Takes a request from under the backend's nose, and returns its cookie.
+    pub(crate) fn take(&self) -> io::Result<u32> {
+        const COOKIE: Range<usize> = 36..40;
+        let mut request = [0; size_of::<uapi::iommu_hwpt_pgfault>()];
+        let len = (&self.0).read(&mut request)?;
+        assert_eq!(len, request.len());
+        Ok(u32::from_ne_bytes(request[COOKIE].try_into().unwrap()))
+    }
+
+    /// Answers the request with this cookie: that the page is there now.
+    pub(crate) fn answer(&self, cookie: u32) -> io::Result<()> {
+        const IS_THERE: u32 = uapi::iommufd_page_response_code_IOMMUFD_PAGE_RESP_SUCCESS;
+        let mut response = [0; size_of::<uapi::iommu_hwpt_page_response>()];
+        response[..4].copy_from_slice(&cookie.to_ne_bytes());
+        response[4..].copy_from_slice(&IS_THERE.to_ne_bytes());
+        (&self.0).write_all(&response)
+    }
+}
+
+/// Whether this thread's locked memory is limited (`RLIMIT_MEMLOCK`), as that of a user without privileges is.
+/// Source: capset(2), `include/uapi/linux/capability.h`.
+pub(crate) fn limit_locked_memory(limited: bool) {
+    const VERSION_3: u32 = 0x2008_0522;
+    const IPC_LOCK: u32 = 14;
+    let header = [VERSION_3, 0];
+    // Effective, permitted and inheritable capabilities, first numbers 0 to 31 and then the rest.
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: it reads the header, two words, and writes the sets, which are as many words as this version has.
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    let effective = &mut sets[0][0];
+    *effective = if limited { *effective & !(1 << IPC_LOCK) } else { *effective | 1 << IPC_LOCK };
+    // SAFETY: it reads the header and the sets, as above, and changes what this thread may do: no memory of it.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// Sets this process's limit of locked memory, and returns what it was.
+pub(crate) fn set_locked_memory_limit(bytes: u64) -> u64 {
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: it writes the structure that it is given.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut old) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    let new = libc::rlimit { rlim_cur: bytes, ..old };
+    // SAFETY: it reads the structure that it is given.
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const new) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    old.rlim_cur
 }

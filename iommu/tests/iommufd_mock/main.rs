@@ -4,8 +4,14 @@
 //! The mock is the kernel's iommufd with another page table beneath: everything that iommufd itself does is real.
 #![allow(clippy::unwrap_used, reason = "tests: an Err is the failure")]
 
+mod addresses;
+mod backend;
+#[path = "../conformance/mod.rs"]
+mod conformance;
+mod dirty;
 mod injected;
 mod kernel;
 mod mapping;
 mod pasids;
+mod requests;
 mod rig;

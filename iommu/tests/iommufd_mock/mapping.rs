@@ -1,11 +1,13 @@
 //! What is mapped is exactly what was asked for, pinned and charged once, and nothing is left of it afterwards.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use underpass_iommu::{Access, ErrorKind, Iova, IovaRange, PageSize};
+use underpass_iommu::iommufd::{Memlock, Options};
+use underpass_iommu::{Access, ErrorKind, Iova, PageSize};
 
-use crate::kernel::{APERTURE, NO_DIRTY_TRACKING};
-use crate::rig::{huge, map, pinned_bytes, small, with_mock};
+use crate::kernel::{NO_DIRTY_TRACKING, limit_locked_memory, set_locked_memory_limit};
+use crate::rig::{anonymous, huge, map, pinned_bytes, small, with_leftovers, with_mock, with_options};
 
 const MIB: u64 = 1 << 20;
 
@@ -18,7 +20,7 @@ fn every_page_of_a_region_is_translated_to_its_own() {
         let _attachment = ioas.attach(&device, None).unwrap();
         let table = device.page_table(None).unwrap();
         let before = pinned_bytes();
-        for region in [small(1), small(2), small(511), small(1025), huge(1), huge(3)] {
+        for region in [small(1), small(2), small(511), small(1025), huge(1), huge(3), anonymous(2)] {
             let mapping = map(&ioas, &region);
             assert!(mapping.iova().is_aligned_to(region.page_size().bytes()));
             assert!(rig.maps(table, &mapping), "{mapping:?}");
@@ -96,7 +98,7 @@ fn a_region_in_several_spaces_is_pinned_and_charged_once() {
             let attachments = [0, 1, 2].map(|n| spaces[n].attach(&devices[n], None).unwrap());
             let tables = [0, 1, 2].map(|n| devices[n].page_table(None).unwrap());
             let before = pinned_bytes();
-            for region in [small(300), huge(1)] {
+            for region in [small(300), huge(1), anonymous(1)] {
                 let is_small = region.page_size() == PageSize::Size4K;
                 let mut mappings = [0, 1, 2].map(|n| Some(map(&spaces[n], &region)));
                 assert_eq!(pinned_bytes() - before, region.len());
@@ -167,98 +169,134 @@ fn what_may_only_be_read_is_not_written() {
     });
 }
 
+/// The kernel lets nobody write by a copy what the first mapping was not to be written by.
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
-fn addresses_are_those_of_the_iommu_that_is_attached() {
-    with_mock(|rig| {
+fn what_was_mapped_for_reading_can_be_mapped_for_writing_elsewhere() {
+    for reader_goes_first in [false, true] {
+        with_mock(|rig| {
+            let devices = [(); 2].map(|()| rig.device(0));
+            let spaces = [(); 2].map(|()| rig.ioas());
+            let _attachments = [0, 1].map(|n| spaces[n].attach(&devices[n], None).unwrap());
+            let tables = [0, 1].map(|n| devices[n].page_table(None).unwrap());
+            let before = pinned_bytes();
+            let region = small(5);
+            let reader = spaces[0].map(&region, Access::READ).unwrap();
+            let writer = map(&spaces[1], &region);
+            assert_eq!(pinned_bytes() - before, region.len());
+            let space = rig.ioas_of(tables[1]);
+            rig.kernel.write(space, writer.iova(), 7).unwrap();
+            let space = rig.ioas_of(tables[0]);
+            assert_eq!(rig.kernel.read(space, reader.iova()).unwrap(), 7);
+            assert_eq!(
+                rig.kernel.write(space, reader.iova(), 7).unwrap_err().raw_os_error(),
+                Some(libc::EPERM)
+            );
+            let (table, stays) = if reader_goes_first {
+                drop(reader);
+                (tables[1], writer)
+            } else {
+                drop(writer);
+                (tables[0], reader)
+            };
+            assert!(rig.maps(table, &stays));
+            assert_eq!(pinned_bytes() - before, region.len());
+            drop(stays);
+            assert_eq!(pinned_bytes(), before);
+            assert!(rig.kernel.pins(&region, 0));
+        });
+    }
+}
+
+/// The limit of locked memory is the user's, so that a region in many spaces must not use it up.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn what_does_not_fit_the_limit_of_locked_memory_is_told_with_the_number_that_would() {
+    for memlock in [Memlock::User, Memlock::Process] {
+        with_options(Options { memlock, ..Options::default() }, |rig| {
+            let devices = [(); 3].map(|()| rig.device(0));
+            let spaces = [(); 3].map(|()| rig.ioas());
+            let attachments = [0, 1, 2].map(|n| spaces[n].attach(&devices[n], None).unwrap());
+            let (region, another, before) = (small(1024), small(512), pinned_bytes());
+            let usual = set_locked_memory_limit(5 * MIB);
+            limit_locked_memory(true);
+            let mappings = spaces.each_ref().map(|ioas| ioas.map(&region, Access::READ_WRITE));
+            let refused = spaces[0].map(&another, Access::READ_WRITE);
+            limit_locked_memory(false);
+            set_locked_memory_limit(usual);
+            let mappings = mappings.map(Result::unwrap);
+            let error = refused.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NoMemory);
+            let text = error.to_string();
+            assert!(text.contains("memlock") || text.contains("ulimit -l"), "{text}");
+            // 4 MiB and 2 MiB, in the units of ulimit(1) or in bytes.
+            assert!(text.contains("6144") || text.contains("6 MiB") || text.contains("6291456"), "{text}");
+            assert_eq!(pinned_bytes() - before, region.len());
+            let tables = devices.each_ref().map(|device| device.page_table(None).unwrap());
+            assert!(tables.iter().zip(&mappings).all(|(table, mapping)| rig.maps(*table, mapping)));
+            drop((mappings, attachments));
+            // Without a device nothing is pinned, but by the device that comes then.
+            let usual = set_locked_memory_limit(5 * MIB);
+            limit_locked_memory(true);
+            let mappings = [&region, &another].map(|region| map(&spaces[1], region));
+            assert_eq!(pinned_bytes(), before);
+            let refused = spaces[1].attach(&devices[0], None);
+            limit_locked_memory(false);
+            set_locked_memory_limit(usual);
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains("6 MiB"), "{text}");
+            assert_eq!((pinned_bytes(), devices[0].page_table(None)), (before, None));
+            let _attachment = spaces[1].attach(&devices[0], None).unwrap();
+            let table = devices[0].page_table(None).unwrap();
+            assert!(mappings.iter().all(|mapping| rig.maps(table, mapping)));
+        });
+    }
+}
+
+/// What the kernel will not unmap, a device may still reach.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn what_can_not_be_unmapped_is_never_used_again() {
+    with_leftovers(|rig| {
+        let device = rig.device(0);
+        let (ioas, space) = rig.ioas_with_id();
+        let _attachment = ioas.attach(&device, None).unwrap();
+        let mapping = map(&ioas, &small(3));
+        let (iova, len) = (mapping.iova(), mapping.region().len());
+        let memory = format!("{:x}-", mapping.region().as_ptr().addr());
+        let is_there = || std::fs::read_to_string("/proc/self/maps").unwrap().contains(&memory);
+        assert!(is_there());
+        // Somebody else has unmapped it, so that the kernel refuses to.
+        rig.kernel.unmap(space, iova, len).unwrap();
+        let error = mapping.unmap().unwrap_err();
+        assert!(error.mend_text().is_some(), "{error}");
+        assert!(is_there(), "the memory is not given back");
+        let next = map(&ioas, &small(3));
+        assert!(next.iova() >= iova.wrapping_add(len), "its addresses are not given out");
+        assert!(rig.maps(device.page_table(None).unwrap(), &next));
+    });
+}
+
+/// Its page table may still be used, so that it stays; what is unmapped is taken out of it all the same.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_device_that_can_not_be_detached_reaches_nothing_that_was_unmapped() {
+    with_leftovers(|rig| {
         let device = rig.device(0);
         let ioas = rig.ioas();
         let attachment = ioas.attach(&device, None).unwrap();
-        let whole = IovaRange { first: Iova::new(*APERTURE.start()), last: Iova::new(*APERTURE.end()) };
-        assert_eq!(attachment.usable_iovas(), [whole]);
-        let mappings: Vec<_> = (1..30).map(|pages| map(&ioas, &small(pages))).collect();
-        let huge = map(&ioas, &huge(1));
-        for mapping in mappings.iter().chain([&huge]) {
-            assert!(whole.contains(&IovaRange::sized(mapping.iova(), mapping.region().len()).unwrap()));
-            assert!(rig.maps(device.page_table(None).unwrap(), mapping));
-        }
-    });
-}
-
-#[test]
-#[ignore = "needs a real kernel: ci/testbed"]
-fn reserved_addresses_are_a_hole_that_nothing_is_mapped_into() {
-    with_mock(|rig| {
-        let device = rig.device(0);
-        let (ioas, space) = rig.ioas_with_id();
-        // All of the first 64 MiB but for one page, and then another hole.
-        let first = *APERTURE.start();
-        rig.kernel.add_reserved(space, first + 4096, 64 * MIB - 4096).unwrap();
-        rig.kernel.add_reserved(space, first + 66 * MIB, MIB).unwrap();
-        let attachment = ioas.attach(&device, None).unwrap();
-        let range = |first, last| IovaRange { first: Iova::new(first), last: Iova::new(last) };
-        let usable = [
-            range(first, first + 4095),
-            range(first + 64 * MIB, first + 66 * MIB - 1),
-            range(first + 67 * MIB, *APERTURE.end()),
-        ];
-        assert_eq!(attachment.usable_iovas(), usable);
-        for (region, expected) in [
-            (small(2), first + 64 * MIB),
-            (small(1), first),
-            (huge(1), first + 68 * MIB),
-            (small(510), first + 64 * MIB + 8192),
-            (small(1), first + 67 * MIB),
-        ]
-        .iter()
-        .map(|(region, expected)| (map(&ioas, region), *expected))
-        .collect::<Vec<_>>()
-        {
-            assert_eq!(region.iova(), Iova::new(expected));
-            assert!(rig.maps(device.page_table(None).unwrap(), &region));
-        }
-    });
-}
-
-/// Such as an MSI window that appears with a device of somebody else's.
-#[test]
-#[ignore = "needs a real kernel: ci/testbed"]
-fn addresses_that_are_reserved_meanwhile_are_an_error_or_avoided() {
-    with_mock(|rig| {
-        let device = rig.device(0);
-        let (ioas, space) = rig.ioas_with_id();
-        let _attachment = ioas.attach(&device, None).unwrap();
-        let before = pinned_bytes();
-        let first = *APERTURE.start();
-        rig.kernel.add_reserved(space, first, 16 * MIB).unwrap();
-        match ioas.map(&small(1), Access::READ_WRITE) {
-            Ok(mapping) => assert!(mapping.iova() >= Iova::new(first + 16 * MIB)),
-            Err(error) => {
-                assert!(error.mend_text().is_some(), "{error}");
-                assert_eq!(pinned_bytes(), before);
-            }
-        }
-    });
-}
-
-#[test]
-#[ignore = "needs a real kernel: ci/testbed"]
-fn a_space_that_is_full_says_so_and_goes_on() {
-    with_mock(|rig| {
-        let device = rig.device(0);
-        let (ioas, space) = rig.ioas_with_id();
-        let first = *APERTURE.start();
-        let room = 4 * MIB;
-        rig.kernel.add_reserved(space, first + room, *APERTURE.end() + 1 - first - room).unwrap();
-        let _attachment = ioas.attach(&device, None).unwrap();
-        let region = small(256);
-        let mut mappings: Vec<_> = (0..room / MIB).map(|_| map(&ioas, &region)).collect();
-        let error = ioas.map(&small(1), Access::READ).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Exhausted);
-        drop(mappings.remove(2));
-        let last = map(&ioas, &small(256));
-        assert_eq!(last.iova(), Iova::new(first + 2 * MIB));
-        assert!(rig.maps(device.page_table(None).unwrap(), &last));
+        let table = device.page_table(None).unwrap();
+        let mapping = map(&ioas, &small(3));
+        device.hold(true);
+        drop(attachment);
+        assert!(rig.maps(table, &mapping), "it is attached as before");
+        let (iova, region) = (mapping.iova(), Arc::clone(mapping.region()));
+        mapping.unmap().unwrap();
+        assert!(!rig.maps_any_at(table, iova, &region));
+        assert!(rig.kernel.pins(&region, 0));
+        drop(ioas);
+        assert!(!rig.maps_any_at(table, iova, &region), "the page table is there, and empty");
+        device.hold(false);
     });
 }
 
@@ -323,5 +361,37 @@ fn many_maps_and_unmaps_leave_exactly_what_should_be_there() {
                 regions.iter().enumerate().filter(|(n, _)| held(*n)).map(|(_, region)| region.len()).sum();
             assert_eq!(pinned_bytes() - before, expected);
         }
+    });
+}
+
+/// Whoever copies a region from another space races with who unmaps it there.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn threads_map_the_same_regions_into_spaces_of_their_own() {
+    with_mock(|rig| {
+        let regions = [small(1), small(40), huge(1)];
+        let before = pinned_bytes();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let regions = &regions;
+                scope.spawn(move || {
+                    let device = rig.device(0);
+                    let ioas = rig.ioas();
+                    let _attachment = ioas.attach(&device, None).unwrap();
+                    let table = device.page_table(None).unwrap();
+                    for n in 0..150 {
+                        let region = &regions[(thread + n) % regions.len()];
+                        let access = if n % 4 == 0 { Access::READ } else { Access::READ_WRITE };
+                        let mapping = ioas.map(region, access).unwrap();
+                        assert!(rig.maps(table, &mapping));
+                        let iova = mapping.iova();
+                        mapping.unmap().unwrap();
+                        assert!(!rig.maps_any_at(table, iova, region));
+                    }
+                });
+            }
+        });
+        assert_eq!(pinned_bytes(), before);
+        assert!(rig.kernel.pins(&regions[1], 0));
     });
 }

@@ -1,6 +1,6 @@
 //! PASIDs: each is attached to the page table of its space and no other, and what a device can not do is said.
 
-use underpass_iommu::{Access, ErrorKind, Iova, Pasid};
+use underpass_iommu::{Access, Attachable, AttachableKind, ErrorKind, Iova, Pasid};
 
 use crate::kernel::{HAS_PASIDS, LAST_PASID};
 use crate::rig::{map, pasid, small, with_mock};
@@ -32,6 +32,30 @@ fn a_pasid_is_attached_to_the_page_table_of_its_space_until_it_is_detached() {
         let table = device.page_table(Some(number));
         assert!(is_at(table) && rig.maps(table.unwrap(), &theirs));
         assert!(!rig.maps_any_at(table.unwrap(), mapping.iova(), mapping.region()));
+    });
+}
+
+/// The kernel moves a PASID that is attached already, without a word: what the backend refuses to have happen.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_pasid_that_is_replaced_leaves_its_old_page_table() {
+    with_mock(|rig| {
+        let device = rig.device(HAS_PASIDS);
+        let AttachableKind::Iommufd(bound) = device.kind() else { panic!("the mock is no such device") };
+        let [one, other] = [(); 2].map(|()| rig.ioas());
+        let number = pasid(12);
+        let _attachment = one.attach(&device, Some(number)).unwrap();
+        let _elsewhere = other.attach(&device, Some(pasid(13))).unwrap();
+        let [from, to] = [number, pasid(13)].map(|pasid| device.page_table(Some(pasid)).unwrap());
+        let is_at = |table| rig.kernel.pasid_has(device.ids(), number.get(), Some(table));
+        assert!(is_at(from) && !is_at(to));
+        assert_eq!(bound.attach(to, Some(number)).unwrap(), to);
+        assert!(is_at(to) && !is_at(from));
+        assert_eq!(bound.attach(from, Some(number)).unwrap(), from);
+        assert!(is_at(from));
+        // Not to one that is not there; and the PASID stays where it was.
+        assert!(bound.attach(10_000, Some(number)).is_err());
+        assert!(is_at(from));
     });
 }
 

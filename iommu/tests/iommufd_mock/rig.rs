@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use underpass_iommu::iommufd::{Device, Iommufd, Options};
 use underpass_iommu::{
-    Access, Attachable, AttachableKind, Error, ErrorKind, Ioas, IommuBackend, Iova, Mapping, PageSize, Pasid,
-    Region, Result,
+    Access, Attachable, AttachableKind, Backing, Error, ErrorKind, Ioas, IommuBackend, Iova, Mapping,
+    PageSize, Pasid, Region, Result,
 };
 
 use crate::kernel::{self, Ids, Iommu};
@@ -34,11 +34,21 @@ pub(crate) fn with_mock(test: impl FnOnce(&Rig)) {
 
 /// As [`with_mock`], with options of the backend.
 pub(crate) fn with_options(options: Options, test: impl FnOnce(&Rig)) {
+    alone(options, |rig| {
+        test(rig);
+        rig.check_that_nothing_is_left();
+    });
+}
+
+/// As [`with_mock`], but objects of the iommufd may be left, until it is closed.
+pub(crate) fn with_leftovers(test: impl FnOnce(&Rig)) {
+    alone(Options::default(), test);
+}
+
+fn alone(options: Options, test: impl FnOnce(&Rig)) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let pinned = pinned_bytes();
-    let rig = Rig::new(options);
-    test(&rig);
-    rig.check_that_nothing_is_left();
+    test(&Rig::new(options));
     assert_eq!(pinned_bytes(), pinned, "bytes stay pinned");
 }
 
@@ -133,6 +143,11 @@ pub(crate) fn small(pages: u64) -> Arc<Region> {
 /// A region of pages of 2 MiB.
 pub(crate) fn huge(pages: u64) -> Arc<Region> {
     Region::builder(pages * PageSize::Size2M.bytes()).page_size(PageSize::Size2M).build().unwrap()
+}
+
+/// A region of pages of 2 MiB that no file has: the kernel is told its address instead.
+pub(crate) fn anonymous(pages: u64) -> Arc<Region> {
+    Region::builder(pages * PageSize::Size2M.bytes()).backing(Backing::AnonymousHuge).build().unwrap()
 }
 
 pub(crate) fn pasid(number: u32) -> Pasid {
@@ -259,11 +274,7 @@ impl Device for Mock {
         let mut attached = self.attached();
         assert!(attached.contains_key(&pasid), "{pasid:?} is detached, but was not attached");
         match pasid {
-            // VFIO's detaching needs no memory, so it is not to fail here for want of it; what is injected strikes once.
-            None => {
-                let park = || self.kernel.replace(self.ids, self.parked_at).map(drop);
-                park().or_else(|_| park())
-            }
+            None => self.kernel.replace(self.ids, self.parked_at).map(drop),
             Some(pasid) => self.kernel.detach_pasid(self.ids, pasid.get()),
         }
         .map_err(|error| Error::os("detach the mock", "the kernel refuses", error))?;

@@ -4,7 +4,7 @@ use std::iter;
 use std::mem;
 use std::sync::Arc;
 
-use underpass::dma::{DmaBuf, DmaSpace};
+use underpass::dma::{DmaBuf, DmaSpace, in_one_page};
 use underpass::net::toeplitz::DEFAULT_KEY;
 use underpass::net::{Config, Counters, MIN_FRAME, RxQueue, Started, TxQueue};
 use underpass::pool::HEADROOM;
@@ -50,11 +50,13 @@ impl Running {
     }
 }
 
-/// Hands out ring memory, queue by queue.
+/// Hands out ring memory, queue by queue, each in one piece for the device.
 struct Memory(DmaBuf);
 
 impl Memory {
     fn take(&mut self, len: usize) -> DmaBuf {
+        let at = self.0.offset();
+        drop(self.0.split_to(in_one_page(at, padded(len)) - at));
         let mut piece = self.0.split_to(padded(len));
         drop(piece.split_off(len));
         piece
@@ -82,12 +84,12 @@ impl Setups {
         }
     }
 
-    /// Bytes of memory for all rings and commands.
+    /// Bytes of memory for all rings and commands, which are [taken](Memory::take) in this order.
     fn memory_len<Q: Virtqueue<Token = Packet>, C: Virtqueue<Token = ()>>(&self, plan: &Plan) -> usize {
-        padded(Q::memory_len(&self.rx)) * usize::from(plan.rx_queues)
-            + padded(Q::memory_len(&self.tx)) * usize::from(plan.tx_rings())
-            + padded(C::memory_len(&self.control))
-            + control::MEMORY
+        let rx = iter::repeat_n(Q::memory_len(&self.rx), plan.rx_queues.into());
+        let tx = iter::repeat_n(Q::memory_len(&self.tx), plan.tx_rings().into());
+        let control = [C::memory_len(&self.control), control::MEMORY];
+        rx.chain(tx).chain(control).map(padded).fold(0, |at, len| in_one_page(at, len) + len)
     }
 }
 

@@ -109,6 +109,29 @@ fn memory_decoding_stays_on_whatever_is_written() {
 }
 
 #[test]
+fn the_function_stays_awake_whatever_is_written() {
+    let space =
+        ConfigSpace::new(1, 2, 3).with_capability(cap::POWER_MANAGEMENT, &[0; 6], &[0, 0, 0xff, 0xff]);
+    let (config, image) = over(space);
+    let at = config.capability(cap::POWER_MANAGEMENT).unwrap();
+    config.write16(at + 4, 0x8103);
+    assert_eq!(config.read16(at + 4), 0x8100, "the write's other bits count");
+    config.write8(at + 4, 2);
+    config.write32(at + 4, 1);
+    config.write32(at + 2, 3 << 16);
+    config.write16(at + 3, 1 << 8);
+    config.write8(at + 5, 3);
+    assert_eq!(config.read16(at + 4), 0x300);
+    config.write8(at + 6, 3);
+    let writes = image.writes.lock().unwrap();
+    let state = |&(offset, _, value): &(u16, Width, u32)| match at + 4 - offset.min(at + 4) {
+        0 if offset > at + 4 => 0,
+        bytes => value >> (8 * bytes) & 3,
+    };
+    assert!(writes.iter().all(|write| state(write) == 0), "{writes:x?}");
+}
+
+#[test]
 fn the_rest_of_the_header_is_not_the_drivers_to_write() {
     let (config, image) = over(example());
     config.write32(0x00, 0);

@@ -88,9 +88,14 @@ impl Binder<'_> {
         }
         let mut changed: Vec<Before> = Vec::with_capacity(to_bind.len());
         for device in to_bind {
-            let meant_for = driver_override(device);
-            changed.push(Before { device: device.clone(), meant_for });
-            if let Err(error) = self.to_vfio(device) {
+            let before = Before { device: device.clone(), meant_for: driver_override(device) };
+            let claimed = self
+                .set_override(device, Some(VFIO_PCI))
+                .map_err(|error| refused(device, BIND, "its driver can not be chosen", error));
+            if claimed.is_ok() {
+                changed.push(before);
+            }
+            if let Err(error) = claimed.and_then(|()| self.to_vfio(device)) {
                 self.put_back(&changed);
                 return Err(error);
             }
@@ -225,11 +230,9 @@ impl Binder<'_> {
         Ok(())
     }
 
-    /// From whatever driver it has to vfio-pci.
+    /// From whatever driver it has to vfio-pci, which it is meant for.
     fn to_vfio(&self, device: &HostDevice) -> Result<()> {
         let address = device.address.to_string();
-        self.set_override(device, Some(VFIO_PCI))
-            .map_err(|error| refused(device, BIND, "its driver can not be chosen", error))?;
         if let Some(driver) = device.kernel_driver() {
             (self.write)(&self.driver(driver, "unbind"), &address)
                 .map_err(|error| refused(device, BIND, format!("{driver} does not let it go"), error))?;
@@ -358,9 +361,6 @@ fn refused(
 /// The first few of a list that may be long.
 fn some_of(lines: &[String]) -> String {
     const SHOWN: usize = 4;
-    let mut shown = lines[..lines.len().min(SHOWN)].join(", ");
-    if lines.len() > SHOWN {
-        shown += &format!(", and {} more", lines.len() - SHOWN);
-    }
-    shown
+    let shown = lines[..lines.len().min(SHOWN)].join(", ");
+    if lines.len() > SHOWN { format!("{shown}, and {} more", lines.len() - SHOWN) } else { shown }
 }

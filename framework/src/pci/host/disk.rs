@@ -79,7 +79,7 @@ fn uses_of(
     };
     let before = uses.len();
     let number = text(&folder.join("dev"));
-    for mount in &mounts.mounts {
+    for mount in &mounts.mounted {
         if Some(&mount.device) == number.as_ref() || mount.source.as_deref() == Some(name) {
             uses.push(format!("{shown} is mounted at {}", mount.point));
         }
@@ -119,7 +119,7 @@ fn is_held(node: &Path) -> bool {
 /// What this mount namespace has mounted, and swap space.
 #[derive(Debug, Default)]
 struct Mounts {
-    mounts: Vec<Mount>,
+    mounted: Vec<Mount>,
     /// Names of block devices.
     swaps: Vec<String>,
     btrfs: Vec<String>,
@@ -137,7 +137,7 @@ struct Mount {
 impl Mounts {
     fn read(host: &Host) -> Self {
         let lines = host.text("/proc/self/mountinfo").unwrap_or_default();
-        let mounts = lines.lines().filter_map(|line| Mount::parse(host, line)).collect();
+        let mounted = lines.lines().filter_map(|line| Mount::parse(host, line)).collect();
         let swaps = host.text("/proc/swaps").unwrap_or_default();
         let swaps = swaps.lines().skip(1).filter_map(|line| {
             let path = line.split_whitespace().next()?;
@@ -148,7 +148,7 @@ impl Mounts {
         for filesystem in names(&folder).unwrap_or_default() {
             btrfs.extend(names(&folder.join(filesystem).join("devices")).unwrap_or_default());
         }
-        Self { mounts, swaps: swaps.collect(), btrfs }
+        Self { mounted, swaps: swaps.collect(), btrfs }
     }
 }
 
@@ -180,15 +180,12 @@ fn unescaped(text: &str) -> String {
     let mut plain = parts.next().unwrap_or_default().to_owned();
     for part in parts {
         let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code.filter(u8::is_ascii) {
-            Some(code) => {
-                plain.push(char::from(code));
-                plain.push_str(&part[3..]);
-            }
-            None => {
-                plain.push('\\');
-                plain.push_str(part);
-            }
+        if let Some(code) = code.filter(u8::is_ascii) {
+            plain.push(char::from(code));
+            plain.push_str(&part[3..]);
+        } else {
+            plain.push('\\');
+            plain.push_str(part);
         }
     }
     plain

@@ -1,6 +1,6 @@
 //! Which devices an IOMMU can not tell apart, and what that means for one of them.
 
-use super::{HostDevice, link_name, names};
+use super::{HostDevice, VFIO_PCI, link_name, names};
 use crate::pci::PciAddress;
 
 /// Drivers that do no DMA of their own, and so may keep their device while VFIO has another one of the group (those
@@ -50,9 +50,10 @@ pub(super) fn members(device: &HostDevice) -> Vec<Member> {
     let names = names(&folder).unwrap_or_default();
     let member = |name: String| {
         let folder = folder.join(&name);
+        let driver = link_name(&folder.join("driver"));
         Member {
-            driver: link_name(&folder.join("driver")),
-            is_vfio: folder.join("vfio-dev").exists(),
+            is_vfio: folder.join("vfio-dev").exists() || driver.as_deref() == Some(VFIO_PCI),
+            driver,
             is_bridge: super::text(&folder.join("class")).is_some_and(|class| class.starts_with("0x06")),
             name,
         }

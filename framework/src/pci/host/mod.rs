@@ -51,6 +51,12 @@ impl Host {
         Self { root: Path::new("/").into(), addresses: network::addresses }
     }
 
+    /// A machine whose `/sys`, `/proc` and `/dev` are folders below `root`: a made-up one, for tests. Its network interfaces
+    /// have no addresses.
+    pub fn below(root: &Path) -> Self {
+        Self { root: root.into(), addresses: || Ok(Vec::new()) }
+    }
+
     /// A file of it: `path` is absolute.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();

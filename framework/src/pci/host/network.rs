@@ -231,7 +231,8 @@ fn read_ip(bytes: &[u8]) -> Option<IpAddr> {
 mod tests {
     use super::*;
 
-    /// An answer of the kernel's as rtnetlink(7) lays it out: eth0 (2) has 10.0.0.2 with its peer 10.0.0.1, and fe80::1.
+    /// An answer of the kernel's as rtnetlink(7) lays it out: eth0 (2) has 10.0.0.2 with its peer 10.0.0.1,
+    /// and a link-local one.
     fn answer() -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend([40, 0, 0, 0, 20, 0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
