@@ -25,6 +25,7 @@ pub(crate) use wire::Wire;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Calls `turn` until it says that it is done.
+#[track_caller]
 pub(crate) fn until(what: &str, mut turn: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !turn() {
@@ -158,6 +159,7 @@ impl Bench {
     }
 
     /// Few packets there and back, in order; what comes of others before is dropped.
+    #[track_caller]
     pub(crate) fn works(&self, started: &mut Started, pool: &Pool) {
         const STREAM: u16 = 0xaaaa;
         let frame = |n: u64| frames::numbered(STREAM, n, 60 + 7 * n as usize);
