@@ -163,10 +163,13 @@ fn bind(address: &str) {
     if kernel_driver(address).is_some_and(|driver| driver != "vfio-pci") {
         fs::write(folder.join("driver/unbind"), address).expect("unbound");
     }
-    if kernel_driver(address).is_none() {
-        fs::write("/sys/bus/pci/drivers_probe", address).expect("probed");
-    }
-    assert_eq!(kernel_driver(address).as_deref(), Some("vfio-pci"));
+    // The kernel lets no driver have a device before it has made all of it known.
+    until("vfio-pci has it", || {
+        if kernel_driver(address).is_none() {
+            fs::write("/sys/bus/pci/drivers_probe", address).expect("probed");
+        }
+        kernel_driver(address).as_deref() == Some("vfio-pci")
+    });
 }
 
 /// Tells QEMU's monitor to do a command.

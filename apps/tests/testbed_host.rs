@@ -68,6 +68,9 @@ impl Peer {
         let device =
             fs::canonicalize(format!("/sys/class/net/{name}/device")).expect("the interface has a device");
         let address = device.file_name().and_then(|name| name.to_str()).expect("its address").to_owned();
+        // The net suite leaves it on a bridge.
+        run("ip", &["link", "set", &name, "nomaster"]);
+        run("ip", &["link", "set", &name, "down"]);
         Self { name, address }
     }
 
