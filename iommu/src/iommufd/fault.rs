@@ -50,9 +50,8 @@ impl RequestQueue {
         if pending.is_empty() {
             let requests = self.read()?;
             pending.extend(requests.iter().map(|request| fault(request, self.device.0, &self.device.1)));
-            for cookie in cookies(&requests) {
-                self.refuse(cookie)?;
-            }
+            // All of them, whatever becomes of one: what was read comes only once, and the device waits for each.
+            cookies(&requests).into_iter().map(|cookie| self.refuse(cookie)).fold(Ok(()), Result::and)?;
         }
         Ok(pending.pop_front())
     }
