@@ -219,26 +219,6 @@ fn a_group_is_opened_once_and_has_one_address_space() {
     assert_eq!(none.kind(), ErrorKind::NotFound, "{none}");
 }
 
-/// For the kernel a group that is being closed is still open, and so another's.
-#[test]
-#[ignore = "needs a real kernel: ci/testbed"]
-fn a_group_that_another_thread_is_closing_is_opened_again() {
-    if !has_iommu() {
-        return;
-    }
-    let number = group_number(&address("UNDERPASS_EDU"));
-    let type1 = Type1::open().unwrap();
-    thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                for _ in 0..200 {
-                    drop(type1.group(number).unwrap());
-                }
-            });
-        }
-    });
-}
-
 #[test]
 #[ignore = "needs a real kernel: ci/testbed"]
 fn two_groups_in_one_address_space_have_the_same_memory() {

@@ -248,3 +248,27 @@ pub(crate) fn of(device: &dyn Attachable, kind: Kind) -> Result<&Arc<Group>> {
 fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_opens_a_group_waits_until_another_thread_has_closed_it() {
+        // Nobody holds it any more, but its files are still open.
+        let (kind, number) = (Kind::Type1, u32::MAX);
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert((kind, number), Weak::new());
+        let closing = Entry { kind, number };
+        thread::scope(|scope| {
+            let opener = scope.spawn(|| Group::open(kind, number).map(drop));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!opener.is_finished());
+            drop(closing);
+            // There is no such group; but now it was looked for.
+            assert!(opener.join().is_ok_and(|opened| opened.is_err()));
+        });
+    }
+}
