@@ -11,7 +11,7 @@ use crate::{Access, Error, Fault, FaultReason, Iova, Pasid, Result};
 
 /// Requests that a read takes at first, and at most: those of one group have to fit.
 const FIRST_READ: usize = 128;
-const LARGEST_READ: usize = 64 * 1024;
+const LARGEST_READ: usize = 32 * 1024;
 
 /// The page requests of a device in one address space. They wait in the kernel until somebody looks.
 #[derive(Debug)]

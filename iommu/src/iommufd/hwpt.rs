@@ -27,8 +27,10 @@ impl Hardware {
         match calls::hw_info(ioas.fd(), device.id(), &mut data) {
             Ok(info) => {
                 let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
+                // As much as the kernel has, which may be more than was asked for.
+                let data = &data[..data.len().min(info.data_len as usize)];
                 Ok(Self {
-                    registers: Registers::new(calls::hw_info_type(&info), &data),
+                    registers: Registers::new(calls::hw_info_type(&info), data),
                     pasid_width: info.out_max_pasid_log2.into(),
                     dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
                     is_physical: true,
