@@ -106,7 +106,8 @@ pub struct Capabilities {
     pub max_pasids: u32,
     /// Page sizes that one entry can map.
     pub page_sizes: PageSizes,
-    /// Refused accesses are reported, with their addresses.
+    /// Refused accesses are reported, with their addresses. A kernel's IOMMU reports those that the device asks for (PCI PRI);
+    /// that of AMD does not tell which devices can, and so this may be true where there is never a report.
     pub fault_reporting: bool,
     /// Written pages can be tracked.
     pub dirty_tracking: bool,
@@ -331,8 +332,11 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let Err(error) = self.unmap_once() {
-            tracing::error!("{error}; {} bytes stay mapped and are leaked", self.region.len());
+        match self.unmap_once() {
+            Ok(()) => {}
+            // Nothing was mapped, and what the device reached meanwhile is no longer this region's.
+            Err(error) if self.pages.is_some() => tracing::error!("{error}"),
+            Err(error) => tracing::error!("{error}; {} bytes stay mapped and are leaked", self.region.len()),
         }
     }
 }
@@ -392,20 +396,27 @@ impl Attachment {
     /// `clear` makes them clean again.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a range that is not whole pages; [`ErrorKind::Unsupported`] without
-    /// [`Capabilities::dirty_tracking`].
+    /// [`ErrorKind::InvalidInput`] for a range that is not whole pages, or more than 2^32 of them;
+    /// [`ErrorKind::Unsupported`] without [`Capabilities::dirty_tracking`].
     pub fn dirty_pages(&self, range: IovaRange, page_size: PageSize, clear: bool) -> Result<Vec<Iova>> {
+        /// So that the bits of all pages take half a GiB at most.
+        const MOST_PAGES: u64 = 1 << 32;
+        let invalid = |why: String, mend: &'static str| {
+            let operation = format!("tell the written pages of {range}");
+            Err(Error::new(ErrorKind::InvalidInput, operation, why).device(self.name.to_string()).mend(mend))
+        };
         let is_whole = range.first.is_aligned_to(page_size.bytes())
             && range.last.wrapping_add(1).is_aligned_to(page_size.bytes())
             && range.first <= range.last;
         if !is_whole {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("tell the written pages of {range}"),
-                format!("these are not whole pages of {page_size}"),
-            )
-            .device(self.name.to_string())
-            .mend("ask for what a mapping covers, or for smaller pages"));
+            let why = format!("these are not whole pages of {page_size}");
+            return invalid(why, "ask for what a mapping covers, or for smaller pages");
+        }
+        if (range.last.get() - range.first.get()) / page_size.bytes() >= MOST_PAGES {
+            return invalid(
+                format!("these are more than {MOST_PAGES} pages"),
+                "ask for what a mapping covers",
+            );
         }
         let pages = self.ops.dirty_pages(range, page_size, clear);
         pages.map_err(|error| error.device(self.name.to_string()))

@@ -32,6 +32,7 @@ pub mod group;
 mod ioctl;
 pub mod iommufd;
 mod iova;
+mod memlock;
 mod memory;
 pub mod noiommu;
 mod pasid;

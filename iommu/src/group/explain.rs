@@ -69,7 +69,10 @@ pub(super) fn not_viable(number: u32) -> Error {
 }
 
 fn viability(number: u32, members: &[Member]) -> Error {
-    let elsewhere: Vec<&Member> = members.iter().filter(|member| !member.leaves_dma_to_us()).collect();
+    let elsewhere: Vec<&Member> = members
+        .iter()
+        .filter(|member| member.driver.as_deref().is_some_and(|driver| !leaves_dma_alone(driver)))
+        .collect();
     let error = |why: String| Error::new(ErrorKind::Busy, format!("use the IOMMU group {number}"), why);
     if elsewhere.is_empty() {
         return error("its devices' DMA belongs to another user".into())
@@ -147,14 +150,10 @@ struct Member {
     driver: Option<String>,
 }
 
-impl Member {
-    /// Whether its driver keeps out of the group's DMA: there is none, it is one of VFIO's (vfio-pci, `mlx5_vfio_pci` and
-    /// the like), or one that does none itself (Documentation/driver-api/vfio.rst; `driver_managed_dma` in the kernel).
-    fn leaves_dma_to_us(&self) -> bool {
-        self.driver.as_deref().is_none_or(|driver| {
-            driver.contains("vfio") || matches!(driver, "pci-stub" | "pcieport" | "shpchp")
-        })
-    }
+/// Whether a driver does no DMA by the kernel's own API, so that its device may be in a group with one of user space's: one of
+/// VFIO's (vfio-pci, `mlx5_vfio_pci` and the like), or another with `driver_managed_dma` (PCI drivers of Linux 7.3).
+pub(crate) fn leaves_dma_alone(driver: &str) -> bool {
+    matches!(driver, "pcieport" | "pci-stub") || driver.contains("vfio")
 }
 
 /// The group's devices, as far as the kernel says.
@@ -212,5 +211,15 @@ mod tests {
         let error = device(3, "0000:04:10.0 vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3", Errno::ACCESS);
         assert_eq!((error.device_name(), error.kind()), (Some("0000:04:10.0"), ErrorKind::Permission));
         assert!(!error.to_string().contains("bd8d9d2b"), "a token is a secret: {error}");
+    }
+
+    #[test]
+    fn drivers_that_do_no_dma_of_their_own_leave_a_group_viable() {
+        for driver in ["vfio-pci", "mlx5_vfio_pci", "pci-stub", "pcieport"] {
+            assert!(leaves_dma_alone(driver), "{driver}");
+        }
+        for driver in ["e1000e", "nvme", "pci_stub2", "pci-pf-stub", "shpchp"] {
+            assert!(!leaves_dma_alone(driver), "{driver}");
+        }
     }
 }

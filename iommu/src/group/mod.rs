@@ -9,22 +9,24 @@
 pub(crate) mod calls;
 mod explain;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::{Mode, OFlags};
 use vfio_bindings::bindings::vfio;
 
+pub(crate) use self::explain::leaves_dma_alone;
 use crate::{Attachable, AttachableKind, Error, ErrorKind, Result};
 
 /// Where the kernel has groups and containers.
 const FOLDER: &str = "/dev/vfio";
 
 /// What translates for a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     /// An IOMMU, by VFIO's type1 interface.
     Type1,
@@ -73,13 +75,12 @@ impl Kind {
 ///
 /// It is closed when the last `Arc` goes. A device's file descriptor is to be closed before: keep the `Arc` behind it.
 pub struct Group {
-    kind: Kind,
-    number: u32,
     name: String,
-    // In this order: a container is closed when nothing is in it any more.
+    // In this order: a container is closed when nothing is in it any more, and both before the entry goes.
     fd: OwnedFd,
     container: OwnedFd,
     attached: Mutex<Attached>,
+    entry: Entry,
 }
 
 /// What a group's devices are attached to: all to the same.
@@ -101,21 +102,39 @@ impl SpaceId {
     }
 }
 
-/// The groups that this process has open.
-static OPEN: Mutex<Vec<Weak<Group>>> = Mutex::new(Vec::new());
+/// The groups that this process has open, or is just closing.
+static OPEN: Mutex<BTreeMap<(Kind, u32), Weak<Group>>> = Mutex::new(BTreeMap::new());
+/// One of them was closed.
+static CLOSED: Condvar = Condvar::new();
+
+/// A group's entry in [`OPEN`], dropped behind its files.
+struct Entry {
+    kind: Kind,
+    number: u32,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // A panic leaves whole entries.
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&(self.kind, self.number));
+        CLOSED.notify_all();
+    }
+}
 
 impl Group {
     /// The group with this number: opened, viable, in a container with its IOMMU; or the one that this process has open.
     pub(crate) fn open(kind: Kind, number: u32) -> Result<Arc<Self>> {
         // Held while the group is opened: of two threads, the second gets what the first has opened.
-        let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|group| group.strong_count() > 0);
-        let is_this = |group: &Arc<Self>| group.kind == kind && group.number == number;
-        if let Some(group) = all.iter().filter_map(Weak::upgrade).find(is_this) {
-            return Ok(group);
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(group) = open.get(&(kind, number)) {
+            if let Some(group) = group.upgrade() {
+                return Ok(group);
+            }
+            // Another thread is closing it, and until then the kernel takes it for another process's.
+            open = CLOSED.wait(open).unwrap_or_else(PoisonError::into_inner);
         }
         let group = Arc::new(Self::open_first(kind, number)?);
-        all.push(Arc::downgrade(&group));
+        open.insert((kind, number), Arc::downgrade(&group));
         Ok(group)
     }
 
@@ -133,12 +152,12 @@ impl Group {
         calls::set_iommu(container.as_fd(), kind.number())
             .map_err(|errno| explain::set_iommu(kind, number, errno))?;
         let name = path.display().to_string();
-        Ok(Self { kind, number, name, fd, container, attached: Mutex::default() })
+        Ok(Self { name, fd, container, attached: Mutex::default(), entry: Entry { kind, number } })
     }
 
     /// The group's number, as in its name under /dev/vfio.
     pub fn number(&self) -> u32 {
-        self.number
+        self.entry.number
     }
 
     /// Opens one of the group's devices: `"0000:3b:00.0"`, or with a VF token `"0000:3b:00.0 vf_token=UUID"`; for a mediated
@@ -148,7 +167,7 @@ impl Group {
     /// [`ErrorKind::NotFound`] if the group has no such device that is bound to VFIO; [`ErrorKind::Permission`] where
     /// a VF token is missing or wrong; [`ErrorKind::Busy`] if another process has it.
     pub fn device(&self, name: &str) -> Result<OwnedFd> {
-        calls::device_fd(self.fd.as_fd(), name).map_err(|errno| explain::device(self.number, name, errno))
+        calls::device_fd(self.fd.as_fd(), name).map_err(|errno| explain::device(self.number(), name, errno))
     }
 
     pub(crate) fn container(&self) -> BorrowedFd<'_> {
@@ -167,7 +186,7 @@ impl Group {
         if attached.space.is_some_and(|other| other != space) {
             let why = format!(
                 "its IOMMU group, {}, is attached to another address space (through {}), and has no more than one",
-                self.number,
+                self.number(),
                 attached.devices.join(", ")
             );
             return busy(why, "attach all devices of a group to one address space");
@@ -215,7 +234,7 @@ impl fmt::Debug for Group {
 /// The group behind `device`, if it is of this kind.
 pub(crate) fn of(device: &dyn Attachable, kind: Kind) -> Result<&Arc<Group>> {
     match device.kind() {
-        AttachableKind::Group(group) if group.kind == kind => Ok(group),
+        AttachableKind::Group(group) if group.entry.kind == kind => Ok(group),
         _ => Err(Error::new(
             ErrorKind::InvalidInput,
             "attach the device to an address space",
@@ -228,4 +247,28 @@ pub(crate) fn of(device: &dyn Attachable, kind: Kind) -> Result<&Arc<Group>> {
 
 fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_opens_a_group_waits_until_another_thread_has_closed_it() {
+        // Nobody holds it any more, but its files are still open.
+        let (kind, number) = (Kind::Type1, u32::MAX);
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert((kind, number), Weak::new());
+        let closing = Entry { kind, number };
+        thread::scope(|scope| {
+            let opener = scope.spawn(|| Group::open(kind, number).map(drop));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!opener.is_finished());
+            drop(closing);
+            // There is no such group; but now it was looked for.
+            assert!(opener.join().is_ok_and(|opened| opened.is_err()));
+        });
+    }
 }

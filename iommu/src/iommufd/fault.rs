@@ -11,7 +11,7 @@ use crate::{Access, Error, Fault, FaultReason, Iova, Pasid, Result};
 
 /// Requests that a read takes at first, and at most: those of one group have to fit.
 const FIRST_READ: usize = 128;
-const LARGEST_READ: usize = 64 * 1024;
+const LARGEST_READ: usize = 32 * 1024;
 
 /// The page requests of a device in one address space. They wait in the kernel until somebody looks.
 #[derive(Debug)]
@@ -50,9 +50,8 @@ impl RequestQueue {
         if pending.is_empty() {
             let requests = self.read()?;
             pending.extend(requests.iter().map(|request| fault(request, self.device.0, &self.device.1)));
-            for cookie in cookies(&requests) {
-                self.refuse(cookie)?;
-            }
+            // All of them, whatever becomes of one: what was read comes only once, and the device waits for each.
+            cookies(&requests).into_iter().map(|cookie| self.refuse(cookie)).fold(Ok(()), Result::and)?;
         }
         Ok(pending.pop_front())
     }

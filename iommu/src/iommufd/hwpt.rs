@@ -27,8 +27,10 @@ impl Hardware {
         match calls::hw_info(ioas.fd(), device.id(), &mut data) {
             Ok(info) => {
                 let capability = uapi::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING;
+                // As much as the kernel has, which may be more than was asked for.
+                let data = &data[..data.len().min(info.data_len as usize)];
                 Ok(Self {
-                    registers: Registers::new(calls::hw_info_type(&info), &data),
+                    registers: Registers::new(calls::hw_info_type(&info), data),
                     pasid_width: info.out_max_pasid_log2.into(),
                     dirty_tracking: info.out_capabilities & u64::from(capability) != 0,
                     is_physical: true,
@@ -62,9 +64,10 @@ fn is_mediated(ioas: &Object, device: &dyn Device) -> bool {
 /// What a device, and each PASID of it, is attached to in an address space.
 #[derive(Debug)]
 pub(super) struct PageTable {
-    // In this order: the page table uses the queue, and both the address space.
-    hwpt: Option<Object>,
-    requests: Option<RequestQueue>,
+    // In this order: the page table uses the queue, and both the address space. Devices of one IOMMU group share the first
+    // two.
+    hwpt: Option<Arc<Object>>,
+    requests: Option<Arc<RequestQueue>>,
     ioas: Arc<Object>,
     flags: u32,
     hardware: Hardware,
@@ -99,8 +102,8 @@ impl PageTable {
             let queue = queue.filter(|_| with_requests);
             match calls::hwpt_alloc(ioas.fd(), ioas.id, device.id(), flags, queue) {
                 Ok(id) => {
-                    this.hwpt = Some(Object::new(&ioas.iommufd, id, "page table"));
-                    this.requests = requests.take().filter(|_| with_requests);
+                    this.hwpt = Some(Arc::new(Object::new(&ioas.iommufd, id, "page table")));
+                    this.requests = requests.take().filter(|_| with_requests).map(Arc::new);
                     this.flags = flags;
                     return Ok(this);
                 }
@@ -110,6 +113,17 @@ impl PageTable {
         }
         // An IOMMU whose page tables come into being with the attachment (virtio-iommu).
         Ok(this)
+    }
+
+    /// That of `other`, for this one's device: what a device can do it does not share.
+    pub(super) fn shared_with(&self, other: &Self) -> Self {
+        Self {
+            hwpt: other.hwpt.clone(),
+            requests: other.requests.clone(),
+            ioas: Arc::clone(&other.ioas),
+            flags: other.flags,
+            hardware: self.hardware,
+        }
     }
 
     /// What to attach to: the page table, or the address space where the kernel makes page tables by itself.
@@ -160,7 +174,7 @@ impl PageTable {
     }
 
     pub(super) fn next_fault(&self) -> Result<Option<Fault>> {
-        self.requests.as_ref().map_or(Ok(None), RequestQueue::next)
+        self.requests.as_ref().map_or(Ok(None), |requests| requests.next())
     }
 
     pub(super) fn track_dirty(&self, on: bool) -> Result<()> {
@@ -181,7 +195,7 @@ impl PageTable {
     }
 
     fn tracker(&self) -> Result<&Object> {
-        self.hwpt.as_ref().filter(|_| self.flags & DIRTY != 0).ok_or_else(|| {
+        self.hwpt.as_deref().filter(|_| self.flags & DIRTY != 0).ok_or_else(|| {
             let why = if self.ioas.iommufd.options().dirty_tracking {
                 "the IOMMU can not"
             } else {

@@ -97,7 +97,7 @@ impl KernelIoas {
             let others = self.tables.of_others(device.id());
             let shared = others.into_iter().find(|other| attach(other, device, pasid).is_ok());
             if let Some(shared) = shared {
-                return Ok(shared);
+                return Ok(Arc::new(table.shared_with(&shared)));
             }
         }
         Err(if refused.errno().is_some() { table.attach_refused(&refused, pasid) } else { refused })
@@ -134,7 +134,7 @@ impl IoasOps for KernelIoas {
         }
         let table = self.attach_to(table, &**device, pasid)?;
         self.tables.set(device.id(), &table);
-        let attached = KernelAttachment { claim, table };
+        let attached = KernelAttachment { table, claim };
         // On failure the attachment is dropped, and with it the device detached.
         self.ask_for_usable_iovas()?;
         Ok(Box::new(attached))
@@ -199,9 +199,9 @@ impl Drop for Claim {
 /// A device, or one PASID of it, attached to a page table. Detaches when dropped.
 #[derive(Debug)]
 struct KernelAttachment {
-    claim: Claim,
-    // Goes after the device was detached from it.
+    // In this order: the page table is found by the device's id, which another device can have once nobody holds this one.
     table: Arc<PageTable>,
+    claim: Claim,
 }
 
 impl AttachmentOps for KernelAttachment {

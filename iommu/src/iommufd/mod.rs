@@ -22,6 +22,8 @@
 //!   device's RID and its PASIDs in that space. An IOMMU that lets none be made (virtio-iommu) gets the address space itself.
 //! - *PASIDs are gated.* The kernel attaches one, with success, to a device that has none; and VFIO replaces what is attached
 //!   without a word. Here both are errors, and each refusal says its reason.
+//!   A space with nothing but PASIDs has no hole at x86's window for interrupts (0xfee00000), and needs none: with a PASID, VT-d
+//!   translates these addresses like all others (its specification, revision 3.4, section 3.14).
 //! - *Memory is pinned once.* A region that several spaces map is mapped in one and copied to the others, so that it
 //!   counts once as locked memory.
 //! - *Unmaps are exact.* The kernel says how many bytes it has unmapped; any other number than was mapped is an error.

@@ -9,7 +9,8 @@ use std::io;
 use std::path::Path;
 
 use super::calls::IommuFd;
-use crate::memory::Bytes;
+use crate::group::leaves_dma_alone;
+use crate::memlock::{Limit, out_of_memory};
 use crate::vendor::Registers;
 use crate::{Error, ErrorKind, Iova, Pasid, Region};
 
@@ -224,56 +225,6 @@ pub(super) fn page_table_without_pasids(pasid: Pasid, tracks_dirty: bool) -> Err
     Error::new(ErrorKind::Unsupported, format!("attach PASID {pasid}"), why).mend(mend)
 }
 
-/// The most memory that this process may lock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Limit {
-    /// `RLIMIT_MEMLOCK` in bytes; `None` if there is none for this process.
-    bytes: Option<u64>,
-}
-
-impl Limit {
-    fn read() -> Self {
-        let text = |path| fs::read_to_string(path).unwrap_or_default();
-        // Capabilities are a thread's.
-        Self::parse(&text("/proc/self/limits"), &text("/proc/thread-self/status"))
-    }
-
-    /// From the texts of /proc/self/limits and /proc/thread-self/status.
-    fn parse(limits: &str, status: &str) -> Self {
-        /// Whoever has it locks as much as it likes (capabilities(7)).
-        const CAP_IPC_LOCK: u32 = 14;
-        let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        let capabilities = capabilities.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
-        let limit = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
-        let limit = limit.and_then(|line| line.split_whitespace().next()?.parse().ok());
-        Self { bytes: limit.filter(|_| capabilities >> CAP_IPC_LOCK & 1 == 0) }
-    }
-}
-
-/// Why `needed` bytes, all in all, could not be pinned or mapped.
-fn out_of_memory(operation: String, limit: &Limit, needed: u64, error: io::Error) -> Error {
-    let Some(limit) = limit.bytes else {
-        return Error::os(operation, "the kernel has no memory for its tables", error)
-            .mend("stop what else uses memory");
-    };
-    let (why, enough) = if needed > limit {
-        let why = format!("that makes {} of locked memory, and {} are allowed", Bytes(needed), Bytes(limit));
-        (why, needed)
-    } else {
-        let why = format!(
-            "that makes {} of locked memory; {} are allowed, but other processes of this user have a part of them",
-            Bytes(needed),
-            Bytes(limit)
-        );
-        (why, limit + needed)
-    };
-    Error::os(operation, why, error).mend(format!(
-        "allow {enough} bytes: run `ulimit -l {}` as root in the shell that starts it, or set LimitMEMLOCK={enough} in its \
-         systemd unit",
-        enough.div_ceil(1024)
-    ))
-}
-
 /// What sysfs says of a VFIO device's IOMMU group.
 #[derive(Debug, Default)]
 pub(super) struct Group {
@@ -298,12 +249,6 @@ impl Group {
         in_use.sort();
         Self { number, devices: devices.len(), in_use }
     }
-}
-
-/// Whether a driver does no DMA by the kernel's own API, so that its device may be in a group with one of user space's:
-/// those with `driver_managed_dma`.
-fn leaves_dma_alone(driver: &str) -> bool {
-    matches!(driver, "pcieport" | "pci-stub" | "pci-pf-stub") || driver.contains("vfio")
 }
 
 /// Why VFIO does not bind a device of `group`, with or without a VF token.

@@ -66,6 +66,7 @@ impl IommuBackend for Noiommu {
 
     fn attach_sva(&self, device: &dyn Attachable, _pasid: Pasid, _token: SvaToken) -> Result<Attachment> {
         Err(no_pasids("attach the device to the process's own address space")
+            .of_kind(ErrorKind::Unsupported)
             .device(device.name().to_owned()))
     }
 }

@@ -195,6 +195,23 @@ fn what_can_not_be_attached_is_refused_with_the_reason() {
 }
 
 #[test]
+fn written_pages_are_asked_for_in_whole_pages_and_not_too_many() {
+    let s = setup(SoftOptions::default(), None);
+    let kind = |first, last| {
+        let range = IovaRange { first: Iova::new(first), last: Iova::new(last) };
+        s.attachment.dirty_pages(range, PageSize::Size4K, false).unwrap_err().kind()
+    };
+    for (first, last) in
+        [(0, PAGE), (1, PAGE - 1), (PAGE, PAGE - 1), (0, u64::MAX), (0, (PAGE << 32) + PAGE - 1)]
+    {
+        assert_eq!(kind(first, last), ErrorKind::InvalidInput, "{first:#x}..={last:#x}");
+    }
+    // As for all that is right: the software IOMMU tracks none.
+    assert_eq!(kind(0, (PAGE << 32) - 1), ErrorKind::Unsupported);
+    assert_eq!(kind(u64::MAX - PAGE + 1, u64::MAX), ErrorKind::Unsupported);
+}
+
+#[test]
 fn usable_addresses_leave_the_reserved_ones_out() {
     let iommu = SoftIommu::new(SoftOptions { address_width: 39, ..SoftOptions::default() });
     let usable = iommu.alloc_ioas().unwrap().usable_iovas();

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use self::info::Info;
 use crate::group::{Group, Kind, SpaceId, calls};
+use crate::memlock::{Limit, out_of_memory};
 use crate::memory::Bytes;
 use crate::{
     Access, Attachable, Attachment, AttachmentOps, Capabilities, Error, ErrorKind, Ioas, IoasOps,
@@ -59,6 +60,7 @@ impl IommuBackend for Type1 {
 
     fn attach_sva(&self, device: &dyn Attachable, _pasid: Pasid, _token: SvaToken) -> Result<Attachment> {
         Err(no_pasids("attach the device to the process's own address space")
+            .of_kind(ErrorKind::Unsupported)
             .device(device.name().to_owned()))
     }
 }
@@ -247,17 +249,9 @@ fn map_error(group: &Group, iova: Iova, region: &Region, errno: Errno) -> Error 
     let operation = format!("map {region:?} at {iova} for {group:?}");
     match errno {
         Errno::NOMEM => {
-            let locked = locked_memory();
-            let needed = locked.saturating_add(region.len());
-            let why = format!(
-                "the process may lock too little memory: {} are locked, and with this {} would be",
-                Bytes(locked),
-                Bytes(needed)
-            );
-            Error::os(operation, why, errno).mend(format!(
-                "run: ulimit -l {} (or more, or unlimited; for a service: LimitMEMLOCK={needed})",
-                needed.div_ceil(1024)
-            ))
+            // Nobody else's memory counts against this limit.
+            let needed = locked_memory().saturating_add(region.len());
+            out_of_memory(operation, &Limit::read().below(needed), needed, errno)
         }
         Errno::NOSPC => {
             let left =

@@ -1,6 +1,9 @@
 //! PASIDs: each is attached to the page table of its space and no other, and what a device can not do is said.
 
-use underpass_iommu::{Access, Attachable, AttachableKind, ErrorKind, Iova, Pasid};
+use std::sync::Arc;
+
+use underpass_iommu::iommufd::{Device, Iommufd};
+use underpass_iommu::{Access, Attachable, AttachableKind, Error, ErrorKind, Iova, Pasid, Result};
 
 use crate::kernel::{HAS_PASIDS, LAST_PASID};
 use crate::rig::{map, pasid, small, with_mock};
@@ -140,6 +143,75 @@ fn a_device_without_pasids_says_so_and_keeps_its_own_space() {
         assert!(rig.kernel.pasid_has(device.ids(), 1, None));
         let mapping = map(&ioas, &small(1));
         assert!(rig.maps(device.page_table(None).unwrap(), &mapping));
+    });
+}
+
+/// Plays a second device of an IOMMU group, which the kernel attaches to the first one's page table and to no other. (Each
+/// mock device has a group of its own.)
+#[derive(Debug)]
+struct Second {
+    device: Arc<dyn Device>,
+    first_ones: u32,
+}
+
+impl Device for Second {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn id(&self) -> u32 {
+        self.device.id()
+    }
+
+    fn iommufd(&self) -> &Iommufd {
+        self.device.iommufd()
+    }
+
+    fn attach(&self, page_table: u32, pasid: Option<Pasid>) -> Result<u32> {
+        if page_table != self.first_ones {
+            return Err(Error::os("attach", "refused", std::io::Error::from_raw_os_error(libc::EINVAL)));
+        }
+        self.device.attach(page_table, pasid)
+    }
+
+    fn detach(&self, pasid: Option<Pasid>) -> Result<()> {
+        self.device.detach(pasid)
+    }
+}
+
+struct Bound(Arc<dyn Device>);
+
+impl Attachable for Bound {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn kind(&self) -> AttachableKind<'_> {
+        AttachableKind::Iommufd(&self.0)
+    }
+}
+
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn who_shares_a_page_table_with_a_device_that_has_pasids_has_none_for_that() {
+    with_mock(|rig| {
+        let (first, mock) = (rig.device(HAS_PASIDS), rig.device(0));
+        let ioas = rig.ioas();
+        let attachment = ioas.attach(&first, None).unwrap();
+        let table = first.page_table(None).unwrap();
+        let AttachableKind::Iommufd(device) = mock.kind() else { panic!("the mock is no such device") };
+        let second = Bound(Arc::new(Second { device: Arc::clone(device), first_ones: table }));
+        let other = ioas.attach(&second, None).unwrap();
+        assert_eq!(mock.page_table(None), Some(table));
+        assert_eq!(attachment.capabilities().max_pasids, LAST_PASID);
+        assert_eq!(other.capabilities().max_pasids, 0);
+        assert_eq!(ioas.attach(&second, Some(pasid(1))).unwrap_err().kind(), ErrorKind::Exhausted);
+        // The table lasts as long as either has it.
+        drop(attachment);
+        let mapping = map(&ioas, &small(2));
+        assert!(rig.maps(table, &mapping));
+        drop(other);
+        assert_eq!(rig.kernel.destroy(table).unwrap_err().raw_os_error(), Some(libc::ENOENT));
     });
 }
 

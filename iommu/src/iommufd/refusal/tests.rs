@@ -10,43 +10,6 @@ fn mend(error: &Error) -> &str {
     error.mend_text().expect("every refusal has a mend")
 }
 
-const LIMITS: &str = "\
-Limit                     Soft Limit           Hard Limit           Units
-Max cpu time              unlimited            unlimited            seconds
-Max locked memory         8388608              16777216             bytes
-Max address space         unlimited            unlimited            bytes
-";
-
-#[test]
-fn the_limit_is_the_soft_one_unless_the_process_is_exempt() {
-    let user = "Name:\tcat\nCapPrm:\t000001ffffffffff\nCapEff:\t0000000000000000\n";
-    let root = "CapEff:\t000001ffffffffff\n";
-    let all_but_ipc_lock = "CapEff:\t000001ffffffbfff\n";
-    assert_eq!(Limit::parse(LIMITS, user).bytes, Some(8 << 20));
-    assert_eq!(Limit::parse(LIMITS, all_but_ipc_lock).bytes, Some(8 << 20));
-    assert_eq!(Limit::parse(LIMITS, root).bytes, None);
-    assert_eq!(Limit::parse(&LIMITS.replace("8388608 ", "unlimited"), user).bytes, None);
-}
-
-#[test]
-fn too_little_memlock_says_how_much_is_needed() {
-    let limit = Limit { bytes: Some(8 << 20) };
-    let error = out_of_memory("map it".to_owned(), &limit, 66 << 20, errno(libc::ENOMEM));
-    assert_eq!(error.kind(), ErrorKind::NoMemory);
-    let text = error.to_string();
-    assert!(text.contains("66 MiB of locked memory, and 8 MiB are allowed"), "{text}");
-    assert!(
-        mend(&error).contains("ulimit -l 67584`") && mend(&error).contains("LimitMEMLOCK=69206016"),
-        "{text}"
-    );
-    // The user's other processes count, and nobody says how much they have.
-    let error = out_of_memory("map it".to_owned(), &limit, 6 << 20, errno(libc::ENOMEM));
-    assert!(error.to_string().contains("other processes of this user"), "{error}");
-    assert!(mend(&error).contains("LimitMEMLOCK=14680064"), "{error}");
-    let error = out_of_memory("map it".to_owned(), &Limit { bytes: None }, 66 << 20, errno(libc::ENOMEM));
-    assert!(!error.to_string().contains("ulimit"), "a limit that does not count is not to blame: {error}");
-}
-
 #[test]
 fn a_missing_iommufd_is_told_from_a_forbidden_one() {
     let missing = open(errno(libc::ENOENT));
@@ -86,16 +49,6 @@ fn a_refused_bind_says_which_of_its_causes_it_is() {
     }
     let unrelated = bind(errno(libc::EPERM), &alone(), false).to_string();
     assert!(!unrelated.contains("another process"), "nobody else can be in its group: {unrelated}");
-}
-
-#[test]
-fn drivers_that_do_no_dma_of_their_own_leave_a_group_viable() {
-    for driver in ["vfio-pci", "mlx5_vfio_pci", "pci-stub", "pcieport"] {
-        assert!(leaves_dma_alone(driver), "{driver}");
-    }
-    for driver in ["e1000e", "nvme", "pci_stub2"] {
-        assert!(!leaves_dma_alone(driver), "{driver}");
-    }
 }
 
 #[test]
