@@ -169,18 +169,24 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
+    // No `or_else`, and no span that is shared: both leave instructions to the packets that have a base.
+
     /// [`DmaSpace::iova`].
     #[inline]
     pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
-        let span = memory.span();
-        self.by_base(span).or_else(|| self.space.translate(span))
+        Some(match self.by_base(memory.span()) {
+            Some(iova) => iova,
+            None => self.space.translate(memory.span())?,
+        })
     }
 
     /// [`DmaSpace::hand_out`].
     #[inline]
     pub fn hand_out(&self, memory: &impl DmaMemory, access: Access) -> Option<Iova> {
-        let span = memory.span();
-        self.by_base(span).or_else(|| self.space.lend(span, access))
+        Some(match self.by_base(memory.span()) {
+            Some(iova) => iova,
+            None => self.space.lend(memory.span(), access)?,
+        })
     }
 
     /// Where memory is whose region has a base, as all have in most address spaces.
