@@ -1,10 +1,11 @@
-//! Where a region is for a device if its pages are not neighbours there.
+//! Where a region is for a device.
 
 use underpass_iommu::{Iova, Mapping};
 
 use super::sealed::Span;
 
-/// A table from a region's page to what to add to a pointer into it: without an IOMMU, each page is where it is.
+/// A table from a region's page to what to add to a pointer into it. A region that an IOMMU maps is one piece, and so a
+/// single page; without an IOMMU, each of its pages is where it is.
 #[derive(Debug)]
 pub(super) struct Pages {
     /// The region's first byte in this process.
@@ -15,12 +16,16 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// Of a mapping that has an address for each page, of which there is one at least.
-    pub(super) fn of(mapping: &Mapping, pages: &[Iova]) -> Self {
+    pub(super) fn of(mapping: &Mapping) -> Self {
         let region = mapping.region();
-        let (start, size) = (region.as_ptr().as_ptr() as u64, region.page_size());
-        let base = |(page, iova): (u64, &Iova)| iova.get().wrapping_sub(start + (page << size.shift()));
-        Self { start, shift: size.shift(), bases: (0..).zip(pages).map(base).collect() }
+        let start = region.as_ptr().as_ptr() as u64;
+        let (shift, pages) = match mapping.pages() {
+            Some(pages) => (region.page_size().shift(), pages),
+            // Longer than any region.
+            None => (u64::BITS - 1, &[mapping.iova()][..]),
+        };
+        let base = |(page, iova): (u64, &Iova)| iova.get().wrapping_sub(start + (page << shift));
+        Self { start, shift, bases: (0..).zip(pages).map(base).collect() }
     }
 
     /// The one base that all pages have, if they are neighbours after all.

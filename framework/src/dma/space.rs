@@ -14,57 +14,33 @@ use super::sealed::Span;
 /// What one queue can address: an address space and a table from region to IOVA, so that finding a buffer's
 /// IOVA is one load, and a buffer of a region that is not mapped is refused before the device sees it.
 ///
+/// What is not so simple is not in that table, and costs a call: leases, regions in scattered pages, SVA.
+///
 /// The owner keeps the order that DMA needs: it stops the device before it drops this, which unmaps.
 pub struct DmaSpace {
-    /// By region id: what to add to a pointer to get its IOVA, or [`NOT_MAPPED`].
+    /// By region id: what to add to a pointer to get its IOVA, or [`NO_BASE`]. Empty where leases are checked.
     bases: Vec<u64>,
-    /// Where regions are that the table does not have.
-    elsewhere: Elsewhere,
+    /// By region id: where regions are that are mapped and have no base.
+    others: Vec<Option<Pages>>,
     leases: Option<Arc<dyn Leases>>,
     mappings: Vec<Mapping>,
+    /// None under SVA, where IOVA = VA.
     ioas: Option<Ioas>,
 }
 
 /// Not a difference of two page-aligned addresses.
-const NOT_MAPPED: u64 = u64::MAX;
-
-/// Where regions are that have no base of their own.
-#[derive(Debug)]
-enum Elsewhere {
-    /// By region id: in pages that are not neighbours, as it is without an IOMMU; those that have none are nowhere.
-    InPages(Vec<Option<Pages>>),
-    /// All of them where this process has them, under SVA: IOVA = VA.
-    InProcess,
-}
-
-impl Elsewhere {
-    /// A call, so that the callers' loops have the registers for what most address spaces need.
-    #[cold]
-    #[inline(never)]
-    fn translate(&self, span: Span) -> Option<Iova> {
-        match self {
-            Self::InProcess => Some(Iova::new(span.address)),
-            Self::InPages(all) => all.get(span.region)?.as_ref()?.translate(span),
-        }
-    }
-
-    fn is_in_pages(&self, region: usize) -> bool {
-        matches!(self, Self::InPages(all) if matches!(all.get(region), Some(Some(_))))
-    }
-}
+const NO_BASE: u64 = u64::MAX;
 
 impl DmaSpace {
     /// A space in which nothing is mapped yet.
     pub fn new(ioas: Ioas) -> Self {
         let leases = ioas.leases();
-        let elsewhere = Elsewhere::InPages(Vec::new());
-        Self { bases: Vec::new(), elsewhere, leases, mappings: Vec::new(), ioas: Some(ioas) }
+        Self { bases: Vec::new(), others: Vec::new(), leases, mappings: Vec::new(), ioas: Some(ioas) }
     }
 
     /// The process's own address space (SVA): every buffer can be addressed, at its own address.
     pub fn shared_virtual() -> Self {
-        let elsewhere = Elsewhere::InProcess;
-        Self { bases: Vec::new(), elsewhere, leases: None, mappings: Vec::new(), ioas: None }
+        Self { bases: Vec::new(), others: Vec::new(), leases: None, mappings: Vec::new(), ioas: None }
     }
 
     /// Maps `region`. Under SVA there is nothing to do.
@@ -73,22 +49,15 @@ impl DmaSpace {
     /// [`ErrorKind::Busy`] if it is mapped already; the IOMMU's refusal.
     pub fn map(&mut self, region: &Arc<Region>, access: Access) -> Result<()> {
         let Some(ioas) = &self.ioas else { return Ok(()) };
-        let id = region.id().index();
-        if self.bases.get(id).is_some_and(|base| *base != NOT_MAPPED) || self.elsewhere.is_in_pages(id) {
+        if self.position(region).is_some() {
             return Err(Error::new(ErrorKind::Busy, format!("map {region:?}"), "this queue maps it already")
                 .mend("map each region once for each queue"));
         }
         let mapping = ioas.map(region, access)?;
-        let pages = mapping.pages().map(|pages| Pages::of(&mapping, pages));
-        let base = match &pages {
-            Some(pages) => pages.one_base(),
-            None => Some(mapping.iova().get().wrapping_sub(region.as_ptr().as_ptr() as u64)),
-        };
-        match (&mut self.elsewhere, base) {
-            (_, Some(base)) => *entry(&mut self.bases, id, || NOT_MAPPED) = base,
-            (Elsewhere::InPages(all), None) => *entry(all, id, || None) = pages,
-            // A space with an IOAS is not the process's.
-            (Elsewhere::InProcess, None) => {}
+        let (id, pages) = (region.id().index(), Pages::of(&mapping));
+        match pages.one_base() {
+            Some(base) if self.leases.is_none() => *entry(&mut self.bases, id, || NO_BASE) = base,
+            _ => *entry(&mut self.others, id, || None) = Some(pages),
         }
         self.mappings.push(mapping);
         Ok(())
@@ -102,20 +71,23 @@ impl DmaSpace {
         if self.ioas.is_none() {
             return Ok(());
         }
-        let at = self.mappings.iter().position(|m| Arc::ptr_eq(m.region(), region)).ok_or_else(|| {
+        let at = self.position(region).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("unmap {region:?}"), "this queue does not map it")
                 .mend("unmap what was mapped, once")
         })?;
         let id = region.id().index();
         if let Some(base) = self.bases.get_mut(id) {
-            *base = NOT_MAPPED;
+            *base = NO_BASE;
         }
-        if let Elsewhere::InPages(all) = &mut self.elsewhere
-            && let Some(pages) = all.get_mut(id)
-        {
+        if let Some(pages) = self.others.get_mut(id) {
             *pages = None;
         }
         self.mappings.swap_remove(at).unmap()
+    }
+
+    /// Where in `mappings` a region is.
+    fn position(&self, region: &Arc<Region>) -> Option<usize> {
+        self.mappings.iter().position(|mapping| Arc::ptr_eq(mapping.region(), region))
     }
 
     /// The memory's address for the device, or `None` if its region is not mapped here, or it lies in several pages that are
@@ -143,13 +115,38 @@ impl DmaSpace {
     /// once no DMA under it is in flight.
     #[inline]
     pub fn take_back(&self, memory: &impl DmaMemory, access: Access) {
-        self.view().take_back(memory, access);
+        if let Some(leases) = &self.leases
+            && let Some(iova) = self.iova(memory)
+        {
+            leases.take_back(iova, memory.span().len, access);
+        }
     }
 
-    /// The same for a burst: what it looks up stays in registers.
+    /// [`iova`](Self::iova) and [`hand_out`](Self::hand_out) of a burst: what they look up stays in registers.
     #[inline]
     pub fn view(&self) -> View<'_> {
-        View { bases: &self.bases, elsewhere: &self.elsewhere, leases: self.leases.as_deref() }
+        View { bases: &self.bases, space: self }
+    }
+
+    /// Where memory is whose region has no base; a call, so that the callers' loops have the registers for those that have.
+    #[cold]
+    #[inline(never)]
+    fn translate(&self, span: Span) -> Option<Iova> {
+        match self.ioas {
+            Some(_) => self.others.get(span.region)?.as_ref()?.translate(span),
+            None => Some(Iova::new(span.address)),
+        }
+    }
+
+    /// The same for memory that goes to the device now.
+    #[cold]
+    #[inline(never)]
+    fn lend(&self, span: Span, access: Access) -> Option<Iova> {
+        let iova = self.translate(span)?;
+        if let Some(leases) = &self.leases {
+            leases.grant(iova, span.len, access);
+        }
+        Some(iova)
     }
 
     /// The device may still write to what is mapped here and will not stop: keeps all of it mapped and
@@ -164,49 +161,39 @@ impl DmaSpace {
     }
 }
 
-/// A [`DmaSpace`] during a burst, with its methods.
+/// A [`DmaSpace`] during a burst.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     bases: &'a [u64],
-    elsewhere: &'a Elsewhere,
-    leases: Option<&'a dyn Leases>,
+    space: &'a DmaSpace,
 }
 
 impl View<'_> {
+    // No `or_else`, and no span that is shared: both leave instructions to the packets that have a base.
+
     /// [`DmaSpace::iova`].
     #[inline]
     pub fn iova(&self, memory: &impl DmaMemory) -> Option<Iova> {
-        self.translate(memory.span())
-    }
-
-    #[inline]
-    fn translate(&self, span: Span) -> Option<Iova> {
-        match self.bases.get(span.region) {
-            Some(&base) if base != NOT_MAPPED => Some(Iova::new(span.address.wrapping_add(base))),
-            _ => self.elsewhere.translate(span),
-        }
+        Some(match self.by_base(memory.span()) {
+            Some(iova) => iova,
+            None => self.space.translate(memory.span())?,
+        })
     }
 
     /// [`DmaSpace::hand_out`].
     #[inline]
     pub fn hand_out(&self, memory: &impl DmaMemory, access: Access) -> Option<Iova> {
-        let span = memory.span();
-        let iova = self.translate(span)?;
-        if let Some(leases) = self.leases {
-            leases.grant(iova, span.len, access);
-        }
-        Some(iova)
+        Some(match self.by_base(memory.span()) {
+            Some(iova) => iova,
+            None => self.space.lend(memory.span(), access)?,
+        })
     }
 
-    /// [`DmaSpace::take_back`].
+    /// Where memory is whose region has a base, as all have in most address spaces.
     #[inline]
-    pub fn take_back(&self, memory: &impl DmaMemory, access: Access) {
-        if let Some(leases) = self.leases {
-            let span = memory.span();
-            if let Some(iova) = self.translate(span) {
-                leases.take_back(iova, span.len, access);
-            }
-        }
+    fn by_base(&self, span: Span) -> Option<Iova> {
+        let base = *self.bases.get(span.region)?;
+        (base != NO_BASE).then(|| Iova::new(span.address.wrapping_add(base)))
     }
 }
 

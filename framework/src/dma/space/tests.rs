@@ -1,3 +1,5 @@
+use std::sync::Mutex;
+
 use underpass_iommu::{Attachable, AttachmentOps, IoasOps, IovaRange, PageSize, Pasid};
 
 use super::*;
@@ -8,6 +10,7 @@ use crate::{Burst, Pool};
 #[derive(Debug)]
 struct Physical {
     place: fn(u64) -> u64,
+    leases: Option<Arc<dyn Leases>>,
 }
 
 impl IoasOps for Physical {
@@ -31,10 +34,14 @@ impl IoasOps for Physical {
     fn unmap(&self, _: Iova, _: u64) -> Result<()> {
         unreachable!("pages are where they are")
     }
+
+    fn leases(&self) -> Option<Arc<dyn Leases>> {
+        self.leases.clone()
+    }
 }
 
 fn space(place: fn(u64) -> u64) -> DmaSpace {
-    DmaSpace::new(Ioas::from_ops(Box::new(Physical { place })))
+    DmaSpace::new(Ioas::from_ops(Box::new(Physical { place, leases: None })))
 }
 
 fn region(pages: u64) -> Arc<Region> {
@@ -155,4 +162,56 @@ fn no_buffer_of_a_pool_reaches_over_huge_pages() {
         addresses.sort_unstable();
         assert!(addresses.windows(2).all(|pair| pair[1] - pair[0] >= buffer_len.into()), "{buffer_len}");
     }
+}
+
+#[test]
+fn what_leases_are_checked_for_is_lent_and_taken_back_wherever_it_is() {
+    #[derive(Debug, Default)]
+    struct Lent(Mutex<Vec<(Iova, u64, Access)>>);
+
+    impl Leases for Lent {
+        fn grant(&self, iova: Iova, len: u64, access: Access) {
+            self.0.lock().unwrap().push((iova, len, access));
+        }
+
+        fn take_back(&self, iova: Iova, len: u64, access: Access) {
+            let mut lent = self.0.lock().unwrap();
+            let at = lent.iter().position(|lease| *lease == (iova, len, access)).expect("was lent");
+            lent.swap_remove(at);
+        }
+    }
+
+    for place in [apart as fn(u64) -> u64, |offset| 0x4000_0000 + offset] {
+        let lent = Arc::new(Lent::default());
+        let mut space =
+            DmaSpace::new(Ioas::from_ops(Box::new(Physical { place, leases: Some(Arc::clone(&lent) as _) })));
+        assert!(space.checks_leases());
+        let mut buf = DmaBuf::new(region(4)).unwrap();
+        let region = Arc::clone(buf.region());
+        let tail = buf.split_off(0x2010);
+        assert_eq!(space.hand_out(&tail, Access::READ), None, "not mapped yet");
+        space.map(&region, Access::READ_WRITE).unwrap();
+        let piece = buf.split_off(0x2000);
+        let expected = (Iova::new(place(0x2000)), 0x10, Access::WRITE);
+        assert_eq!(space.iova(&piece), Some(expected.0));
+        assert!(lent.0.lock().unwrap().is_empty(), "an address alone is no lease");
+        assert_eq!(space.hand_out(&piece, Access::WRITE), Some(expected.0));
+        assert_eq!(space.view().hand_out(&piece, Access::WRITE), Some(expected.0));
+        assert_eq!(*lent.0.lock().unwrap(), [expected, expected]);
+        space.take_back(&piece, Access::WRITE);
+        space.take_back(&piece, Access::WRITE);
+        assert!(lent.0.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn under_sva_memory_is_where_the_process_has_it() {
+    let mut space = DmaSpace::shared_virtual();
+    let buf = DmaBuf::new(region(1)).unwrap();
+    let here = Some(Iova::new(buf.as_ptr() as u64));
+    assert_eq!((space.iova(&buf), space.hand_out(&buf, Access::READ)), (here, here));
+    space.map(buf.region(), Access::READ).unwrap();
+    space.take_back(&buf, Access::READ);
+    space.unmap(buf.region()).unwrap();
+    assert_eq!(space.iova(&buf), here, "whether or not it was mapped");
 }
