@@ -256,8 +256,7 @@ impl PciDevice {
     pub fn set_bus_master(&self, on: bool) -> Result<()> {
         self.config.set_bus_master(on);
         let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
-        if self.config.vendor_id() == u16::MAX {
-            // All ones is what reading nothing gives, in the command register too.
+        if !self.config.answers() {
             return Err(self
                 .error(ErrorKind::Gone, operation, "nothing answers in configuration space")
                 .mend("check that the device is still there: lspci"));

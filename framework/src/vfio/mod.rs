@@ -181,6 +181,11 @@ impl Device {
         }
     }
 
+    /// The command register; all ones where nothing answers ([`Config::answers`]).
+    fn command(&self) -> u16 {
+        self.read_config(COMMAND, Width::Bits16) as u16
+    }
+
     fn vectors(&self) -> MutexGuard<'_, Option<Irq>> {
         self.vectors.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -316,7 +321,7 @@ impl Function for Device {
                 .mend("try again"),
             _ => self.os(operation, "the kernel's reset failed", error),
         })?;
-        if self.read_config(0, Width::Bits16) as u16 == u16::MAX {
+        if self.command() == u16::MAX {
             return Err(self
                 .error(ErrorKind::Gone, operation, "nothing answers in configuration space after it")
                 .mend("check that the device is still there: lspci"));
@@ -328,8 +333,7 @@ impl Function for Device {
         if let Err(error) = self.disable(&mut self.vectors()) {
             tracing::error!("{error}");
         }
-        let now = self.read_config(COMMAND, Width::Bits16) as u16;
-        // All ones is what reading nothing gives.
+        let now = self.command();
         if now & command::BUS_MASTER != 0 && now != u16::MAX {
             self.write_config(COMMAND, Width::Bits16, (now & !command::BUS_MASTER).into());
         }
