@@ -316,9 +316,11 @@ impl Function for Device {
                 .mend("stop it by its own registers; a device alone behind its port can be reset with the port"));
         }
         ioctl::reset(&self.handle).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN) => self
-                .error(ErrorKind::Busy, operation, "the kernel is at work on it, or on its bus")
-                .mend("try again"),
+            // Who takes it away holds it until it is closed: it will not be had again.
+            Some(libc::EAGAIN) => self.failure().unwrap_or_else(|| {
+                self.error(ErrorKind::Busy, operation, "the kernel is at work on it, or on its bus")
+                    .mend("try again")
+            }),
             _ => self.os(operation, "the kernel's reset failed", error),
         })?;
         if self.command() == u16::MAX {
@@ -335,7 +337,9 @@ impl Function for Device {
         }
         let now = self.command();
         if now & command::BUS_MASTER != 0 && now != u16::MAX {
-            self.write_config(COMMAND, Width::Bits16, (now & !command::BUS_MASTER).into());
+            // With memory decoding, whatever is read: BARs may live on, and a touch of theirs would be SIGBUS.
+            let without = now & !command::BUS_MASTER | command::MEMORY;
+            self.write_config(COMMAND, Width::Bits16, without.into());
         }
         self.events.stop();
     }
