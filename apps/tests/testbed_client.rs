@@ -276,12 +276,12 @@ fn a_tcp_transfer_crosses_two_ports() {
     let forward = Running::forward(&["--port", &ports[0], "--port", &ports[1]]);
     run(&format!("{} ping -c 1 -W 5 10.8.0.2", left.inside()));
 
-    let listen = format!("exec {} nc -l -p 5001 >{arrived}", right.inside());
-    let receiver = Running::start(Command::new("sh").args(["-c", &listen]));
+    let server = format!("exec {} nc -l -p 5001 >{arrived}", right.inside());
+    let receiver = Running::start(Command::new("sh").args(["-c", &server]));
     until("somebody listens", || run(&format!("{} netstat -ltn", right.inside())).contains(":5001"));
     let began = Instant::now();
-    let send = format!("exec {} nc 10.8.0.2 5001 <{sent}", left.inside());
-    let sender = Running::start(Command::new("sh").args(["-c", &send]));
+    let client = format!("exec {} nc 10.8.0.2 5001 <{sent}", left.inside());
+    let sender = Running::start(Command::new("sh").args(["-c", &client]));
     let len = || fs::metadata(&arrived).map_or(0, |file| file.len());
     // As long as it goes on: how fast an emulated processor is depends on what else its machine does.
     while len() < BYTES as u64 {

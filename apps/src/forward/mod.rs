@@ -136,8 +136,11 @@ pub(crate) fn measure(args: &Args, stop: &Stop, show_rates: bool) -> anyhow::Res
     forward(args, ports, &cores, stop, show_rates)
 }
 
-/// Opens the ports; with them, the cores to run on.
-fn open(args: &Args) -> anyhow::Result<(Vec<Box<dyn Port>>, Vec<usize>)> {
+/// Ports that are open, and the cores to run on.
+type Opened = (Vec<Box<dyn Port>>, Vec<usize>);
+
+/// Opens the ports.
+fn open(args: &Args) -> anyhow::Result<Opened> {
     let cores = cores(args)?;
     for (index, core) in cores.iter().enumerate().skip(args.queues) {
         crate::note(&format!("core {core} has nothing to do: --queues {} uses it", index + 1));

@@ -227,16 +227,18 @@ impl PoolBuilder {
         });
         let shared = NonNull::from(Box::leak(shared));
         let pool = Pool(Arc::new(Owner(shared)));
-        for n in 0..count {
+        let buffer = |n| {
             // SAFETY: the region, which the pointer is good for, reaches to the end of the last buffer's place.
             let buffer = unsafe { first_buffer.add(place(n, stride)) };
             // SAFETY: likewise, the region of the metadata has room for `count` of them.
             let meta = unsafe { first_meta.add(n) };
             // SAFETY: memory for one, aligned; the pool owns all of it, so that nobody else uses it.
             unsafe { meta.write(Meta::new(buffer, buffer_len, region, shared)) };
-            // SAFETY: it is new, so that there is no packet of it.
-            unsafe { Shared::put(shared, &[Free(meta)]) };
-        }
+            Free(meta)
+        };
+        let all: Vec<Free> = (0..count).map(buffer).collect();
+        // SAFETY: they are new, so that there is no packet of any.
+        unsafe { Shared::put(shared, &all) };
         slot::register(shared);
         Ok(pool)
     }
