@@ -86,8 +86,8 @@ pub(crate) struct Device {
     numa_node: Option<u32>,
     /// A failed access was logged; the others are not.
     complained: AtomicBool,
-    /// Given up when all else is closed. It has the name.
-    claim: Claim,
+    /// Given up when all else is closed, mappings of its registers among that. It has the name.
+    claim: Arc<Claim>,
 }
 
 impl Device {
@@ -130,7 +130,7 @@ impl Device {
             can_reset: info.can_reset,
             numa_node,
             complained: AtomicBool::new(false),
-            claim,
+            claim: Arc::new(claim),
         })
     }
 
@@ -144,7 +144,7 @@ impl Device {
         let bars = there.map(|(index, region)| {
             let table = table.clone().filter(|(bar, _)| *bar == index).map(|(_, place)| place);
             let areas = region.areas(page_size() as u64, table);
-            let bar = map::bar(&self.handle, &registers, index, region.offset, region.size, &areas);
+            let bar = map::bar(&self.handle, &self.claim, &registers, index, region, &areas);
             (index, bar)
         });
         bars.collect()

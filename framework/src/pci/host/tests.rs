@@ -350,6 +350,7 @@ fn a_group_with_what_can_not_be_bound_is_refused() {
 
 #[test]
 fn an_interface_in_use_keeps_its_device() {
+    #[allow(clippy::unnecessary_wraps, reason = "as the kernel's list is asked for")]
     fn two() -> Result<Vec<InterfaceAddress>> {
         let given = |interface, address: &str| InterfaceAddress {
             interface,
