@@ -307,8 +307,9 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Bytes that are no text, as a mount point may have, do not hide the rest.
 fn text(file: &Path) -> Option<String> {
-    fs::read_to_string(file).ok().map(|text| text.trim().to_owned())
+    fs::read(file).ok().map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
 }
 
 /// The last part of what a symbolic link leads to.

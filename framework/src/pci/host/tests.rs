@@ -448,6 +448,17 @@ fn a_mounted_partition_keeps_its_drive() {
     }
 }
 
+/// The kernel writes a mount point's bytes as they are.
+#[test]
+fn a_mount_point_that_is_no_text_hides_no_other() {
+    let machine = with_drive();
+    let lines = b"30 21 259:1 / /mnt/caf\xe9 rw - vfat /dev/nvme0n1p1 rw\n31 21 259:2 / /srv rw - ext4 /dev/nvme0n1p2 rw\n";
+    fs::write(machine.path("proc/self/mountinfo"), lines).unwrap();
+    let error = machine.refused(NIC);
+    assert!(error.to_string().contains("nvme0n1p1 is mounted at /mnt/caf"), "{error}");
+    assert!(error.to_string().contains("nvme0n1p2 is mounted at /srv"), "{error}");
+}
+
 #[test]
 fn what_is_made_of_a_partition_keeps_its_drive() {
     let held = |machine: &Machine| {
