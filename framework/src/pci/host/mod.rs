@@ -245,8 +245,14 @@ impl HostDevice {
     }
 
     /// Whether its group is one that VFIO made up for a device without an IOMMU.
-    pub fn group_is_noiommu(&self) -> bool {
+    fn group_is_noiommu(&self) -> bool {
         text(&self.folder.join("iommu_group/name")).is_some_and(|name| name == "vfio-noiommu")
+    }
+
+    /// Whether VFIO hands it out though no IOMMU holds it: its group says so or, where the kernel has no groups, the name of
+    /// its character device (`vfio_device_set_noiommu_and_name` in `drivers/vfio/vfio_main.c`, Linux 7.3).
+    pub fn is_unprotected(&self) -> bool {
+        self.group_is_noiommu() || self.cdev.as_ref().is_some_and(|name| name.starts_with("noiommu-"))
     }
 
     /// The character device that opens it for iommufd: `/dev/vfio/devices/vfio0`. `None` if it is not bound to VFIO, or the

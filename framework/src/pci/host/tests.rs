@@ -246,6 +246,22 @@ fn a_bound_device_has_its_files() {
     assert_eq!(nic.group_file(), Some(machine.path("dev/vfio/noiommu-7")));
 }
 
+/// A kernel without groups tells it by the character device's name alone.
+#[test]
+fn a_device_that_no_iommu_holds_is_known_by_either_name() {
+    let machine = Machine::new();
+    machine.device(NIC, ("0x8086", "0x10d3"), "0x020000", None);
+    machine.attach(NIC, "vfio-pci");
+    assert!(!machine.read(NIC).is_unprotected());
+    let folder = machine.path(&format!("{DEVICES}/{NIC}/vfio-dev"));
+    fs::rename(folder.join("vfio3"), folder.join("noiommu-vfio3")).unwrap();
+    assert!(machine.read(NIC).is_unprotected());
+
+    machine.device(OTHER, ("0x8086", "0x10d3"), "0x020000", Some(7));
+    machine.file("sys/kernel/iommu_groups/7/name", "vfio-noiommu\n");
+    assert!(machine.read(OTHER).is_unprotected());
+}
+
 #[test]
 fn bound_and_back_again() {
     let machine = Machine::new();
