@@ -293,7 +293,15 @@ fn a_device_is_its_first_users_until_that_one_lets_go() {
     assert_eq!(again.kind(), ErrorKind::Busy, "{again}");
     let told = open_elsewhere(&name, None);
     assert!(told.contains("Busy: ") && told.contains(&name), "{told}");
+    let registers = edu.registers.clone();
     drop(edu);
+    let again = PciDevice::open(address("UNDERPASS_EDU"), &options()).unwrap_err();
+    assert!(
+        again.to_string().contains("this process has it open"),
+        "its registers are still mapped: {again}"
+    );
+    assert_eq!(registers.read32(edu::IDENTITY), 0x0100_00ed);
+    drop(registers);
     let told = open_elsewhere(&name, None);
     assert!(told.contains("\nopened\n"), "{told}");
     drop(Edu::open("UNDERPASS_EDU"));
@@ -359,6 +367,27 @@ fn a_device_that_is_asked_back_works_until_it_is_closed() {
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
     fs::write(format!("{VFIO_PCI}/bind"), &name).unwrap();
     drop(Edu::open("UNDERPASS_EDU"));
+}
+
+/// Whoever takes it away holds its lock, so that it can not be had for a reset until it is closed.
+#[test]
+#[ignore = "needs a real kernel: ci/testbed"]
+fn a_device_that_is_asked_back_is_not_reset_and_says_why() {
+    const VFIO_PCI: &str = "/sys/bus/pci/drivers/vfio-pci";
+    let name = variable("UNDERPASS_IGB");
+    let igb = PciDevice::open(address("UNDERPASS_IGB"), &options()).unwrap();
+    let unbound = name.clone();
+    let unbinding = thread::spawn(move || fs::write(format!("{VFIO_PCI}/unbind"), unbound));
+    let deadline = Instant::now() + LONG;
+    while !igb.is_gone() {
+        assert!(Instant::now() < deadline, "nobody asked for it");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let error = igb.reset().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+    drop(igb);
+    unbinding.join().unwrap().unwrap();
+    fs::write(format!("{VFIO_PCI}/bind"), &name).unwrap();
 }
 
 /// The kernel's sample of a mediated device: a serial port, of which registers are calls into the kernel.

@@ -117,7 +117,7 @@ impl User {
                 granted.given.push(path);
             }
         }
-        if devices.iter().any(HostDevice::group_is_noiommu) {
+        if devices.iter().any(HostDevice::is_unprotected) {
             granted.notes.push(
                 "a device that no IOMMU holds is opened by root alone (CAP_SYS_RAWIO), whoever owns its file; \
                  run the program with sudo"

@@ -90,6 +90,13 @@ impl Config {
         self.read32(REVISION_AND_CLASS) >> 8
     }
 
+    /// Whether the function answers. All ones is what reading nothing gives, and no command register is that; the
+    /// ids of one that has left the bus are still there, as VFIO keeps a copy of them (`init_pci_cap_basic_perm` in
+    /// `drivers/vfio/pci/vfio_pci_config.c`, Linux 7.3).
+    pub(crate) fn answers(&self) -> bool {
+        self.read16(COMMAND) != u16::MAX
+    }
+
     /// Whether the function may do DMA.
     pub fn bus_master(&self) -> bool {
         self.read16(COMMAND) & command::BUS_MASTER != 0

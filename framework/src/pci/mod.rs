@@ -126,8 +126,9 @@ pub enum Run {
 
 /// A PCI function that this process drives.
 ///
-/// Dropping it ends the device's DMA: engine threads are stopped and joined. [`Bar`]s taken from it stay valid, but
-/// nothing works behind them any more.
+/// Dropping it ends the device's DMA: engine threads are stopped and joined. [`Bar`]s taken from it stay valid. Behind
+/// those of a software device nothing works any more; a device of the kernel's stays open, and can not be opened anew or
+/// unplugged, until the last of them is dropped.
 pub struct PciDevice {
     // Unmapped before what they belong to is closed.
     bars: Vec<(usize, Bar)>,
@@ -256,8 +257,7 @@ impl PciDevice {
     pub fn set_bus_master(&self, on: bool) -> Result<()> {
         self.config.set_bus_master(on);
         let operation = format!("switch bus mastering {}", if on { "on" } else { "off" });
-        if self.config.vendor_id() == u16::MAX {
-            // All ones is what reading nothing gives, in the command register too.
+        if !self.config.answers() {
             return Err(self
                 .error(ErrorKind::Gone, operation, "nothing answers in configuration space")
                 .mend("check that the device is still there: lspci"));

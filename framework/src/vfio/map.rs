@@ -23,14 +23,17 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::Claim;
 use super::ioctl::Handle;
+use super::region::RegionInfo;
 use crate::bar::{Area, Bar};
 use crate::pci::Registers;
 
-/// A part of a device's BAR, mapped.
+/// A part of a device's BAR, mapped. The device stays open as long, whoever closes its file.
 struct Mapping {
     ptr: NonNull<c_void>,
     len: usize,
+    _claim: Arc<Claim>,
 }
 
 // SAFETY: the pointer is to device registers, which any thread may access, and unmap.
@@ -39,13 +42,13 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(device: &Handle, offset: u64, len: usize) -> Result<Self, Errno> {
+    fn new(device: &Handle, claim: Arc<Claim>, offset: u64, len: usize) -> Result<Self, Errno> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping where the kernel likes takes nothing away from anybody.
         let ptr = unsafe {
             rustix::mm::mmap(ptr::null_mut(), len, access, MapFlags::SHARED, device.as_fd(), offset)
         }?;
-        NonNull::new(ptr).map(|ptr| Self { ptr, len }).ok_or(Errno::INVAL)
+        NonNull::new(ptr).map(|ptr| Self { ptr, len, _claim: claim }).ok_or(Errno::INVAL)
     }
 }
 
@@ -64,21 +67,20 @@ impl fmt::Debug for Mapping {
     }
 }
 
-/// BAR `index`, of `len` bytes: `areas` of it, which are whole pages, mapped from where the device's file has
-/// them (`offset` is where it has the BAR), everything else by a call to `rest`. What can not be mapped after all is a
-/// call, too.
+/// BAR `index`, which is `region`: `areas` of it, which are whole pages, mapped, everything else by a call to `rest`.
+/// What can not be mapped after all is a call, too.
 pub(super) fn bar(
     device: &Handle,
+    claim: &Arc<Claim>,
     rest: &Arc<dyn Registers>,
     index: usize,
-    offset: u64,
-    len: u64,
+    region: &RegionInfo,
     areas: &[Range<u64>],
 ) -> Bar {
     let mut mapped = Vec::with_capacity(areas.len());
     for area in areas {
         let bytes = area.end - area.start;
-        match Mapping::new(device, offset + area.start, bytes as usize) {
+        match Mapping::new(device, Arc::clone(claim), region.offset + area.start, bytes as usize) {
             Ok(mapping) => {
                 let ptr = mapping.ptr.cast();
                 // SAFETY: these bytes stay mapped, readable and writable as long as `mapping`, which the area holds;
@@ -90,5 +92,5 @@ pub(super) fn bar(
             }
         }
     }
-    Bar::device(mapped, Arc::clone(rest), index, len)
+    Bar::device(mapped, Arc::clone(rest), index, region.size)
 }

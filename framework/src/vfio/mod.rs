@@ -86,8 +86,8 @@ pub(crate) struct Device {
     numa_node: Option<u32>,
     /// A failed access was logged; the others are not.
     complained: AtomicBool,
-    /// Given up when all else is closed. It has the name.
-    claim: Claim,
+    /// Given up when all else is closed, mappings of its registers among that. It has the name.
+    claim: Arc<Claim>,
 }
 
 impl Device {
@@ -130,7 +130,7 @@ impl Device {
             can_reset: info.can_reset,
             numa_node,
             complained: AtomicBool::new(false),
-            claim,
+            claim: Arc::new(claim),
         })
     }
 
@@ -144,7 +144,7 @@ impl Device {
         let bars = there.map(|(index, region)| {
             let table = table.clone().filter(|(bar, _)| *bar == index).map(|(_, place)| place);
             let areas = region.areas(page_size() as u64, table);
-            let bar = map::bar(&self.handle, &registers, index, region.offset, region.size, &areas);
+            let bar = map::bar(&self.handle, &self.claim, &registers, index, region, &areas);
             (index, bar)
         });
         bars.collect()
@@ -179,6 +179,11 @@ impl Device {
                 self.name()
             );
         }
+    }
+
+    /// The command register; all ones where nothing answers ([`Config::answers`]).
+    fn command(&self) -> u16 {
+        self.read_config(COMMAND, Width::Bits16) as u16
     }
 
     fn vectors(&self) -> MutexGuard<'_, Option<Irq>> {
@@ -311,12 +316,14 @@ impl Function for Device {
                 .mend("stop it by its own registers; a device alone behind its port can be reset with the port"));
         }
         ioctl::reset(&self.handle).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN) => self
-                .error(ErrorKind::Busy, operation, "the kernel is at work on it, or on its bus")
-                .mend("try again"),
+            // Who takes it away holds it until it is closed: it will not be had again.
+            Some(libc::EAGAIN) => self.failure().unwrap_or_else(|| {
+                self.error(ErrorKind::Busy, operation, "the kernel is at work on it, or on its bus")
+                    .mend("try again")
+            }),
             _ => self.os(operation, "the kernel's reset failed", error),
         })?;
-        if self.read_config(0, Width::Bits16) as u16 == u16::MAX {
+        if self.command() == u16::MAX {
             return Err(self
                 .error(ErrorKind::Gone, operation, "nothing answers in configuration space after it")
                 .mend("check that the device is still there: lspci"));
@@ -328,10 +335,11 @@ impl Function for Device {
         if let Err(error) = self.disable(&mut self.vectors()) {
             tracing::error!("{error}");
         }
-        let now = self.read_config(COMMAND, Width::Bits16) as u16;
-        // All ones is what reading nothing gives.
+        let now = self.command();
         if now & command::BUS_MASTER != 0 && now != u16::MAX {
-            self.write_config(COMMAND, Width::Bits16, (now & !command::BUS_MASTER).into());
+            // With memory decoding, whatever is read: BARs may live on, and a touch of theirs would be SIGBUS.
+            let without = now & !command::BUS_MASTER | command::MEMORY;
+            self.write_config(COMMAND, Width::Bits16, without.into());
         }
         self.events.stop();
     }

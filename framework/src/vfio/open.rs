@@ -26,7 +26,7 @@ struct Place {
     name: String,
     cdev: Option<PathBuf>,
     group: Option<u32>,
-    /// Its group is one that VFIO made up, since no IOMMU holds it.
+    /// No IOMMU holds it; its group, if it has one, is one that VFIO made up.
     is_unprotected: bool,
     numa_node: Option<u32>,
 }
@@ -41,7 +41,7 @@ pub(crate) fn open(address: PciAddress, options: &Options) -> Result<Opened> {
         name: address.to_string(),
         cdev: device.cdev(),
         group: device.iommu_group(),
-        is_unprotected: device.group_is_noiommu(),
+        is_unprotected: device.is_unprotected(),
         numa_node: device.numa_node(),
     };
     place.open(options)
@@ -123,8 +123,13 @@ impl Place {
     }
 
     fn group(&self) -> Result<u32> {
+        let error = |why| Error::new(ErrorKind::Unsupported, "open the device", why);
         self.group.ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, "open the device", "no IOMMU holds it").mend(
+            if self.is_unprotected {
+                return error("no IOMMU holds it, and by its character device alone it can not be driven so")
+                    .mend("switch the machine's IOMMU on; or use a kernel with CONFIG_VFIO_GROUP");
+            }
+            error("no IOMMU holds it").mend(
                 "switch the IOMMU on in the firmware and on the kernel's command line (intel_iommu=on), \
                  then run: underpass doctor",
             )
@@ -209,6 +214,14 @@ mod tests {
         let token: [u8; 16] = std::array::from_fn(|n| n as u8 * 0x11);
         assert_eq!(uuid_text(&token), "00112233-4455-6677-8899-aabbccddeeff");
         assert_eq!(uuid_text(&[0; 16]), "00000000-0000-0000-0000-000000000000");
+    }
+
+    #[test]
+    fn without_an_iommu_nothing_is_opened_unasked_by_whatever_way() {
+        let cdev = Some(PathBuf::from("/dev/vfio/devices/noiommu-vfio0"));
+        let place =
+            Place { name: "a device".into(), cdev, group: None, is_unprotected: true, numa_node: None };
+        assert_eq!(place.handle(&Options::default()).unwrap_err().kind(), ErrorKind::Permission);
     }
 
     #[test]

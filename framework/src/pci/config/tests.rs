@@ -93,6 +93,16 @@ fn bus_mastering_is_off_at_reset_and_can_be_switched() {
     assert!(space.bus_master());
 }
 
+/// As VFIO shows one that was unplugged: what it keeps copies of, and nothing else.
+#[test]
+fn a_function_that_left_the_bus_does_not_answer_though_its_ids_do() {
+    let (config, image) = over(example());
+    assert!(config.answers());
+    image.space.lock().unwrap().as_mut().unwrap().put(COMMAND, &[0xff; 4]);
+    assert!(!config.answers());
+    assert_eq!(config.vendor_id(), 0x8086);
+}
+
 #[test]
 fn memory_decoding_stays_on_whatever_is_written() {
     let mut space = example();

@@ -245,8 +245,14 @@ impl HostDevice {
     }
 
     /// Whether its group is one that VFIO made up for a device without an IOMMU.
-    pub fn group_is_noiommu(&self) -> bool {
+    fn group_is_noiommu(&self) -> bool {
         text(&self.folder.join("iommu_group/name")).is_some_and(|name| name == "vfio-noiommu")
+    }
+
+    /// Whether VFIO hands it out though no IOMMU holds it: its group says so or, where the kernel has no groups, the name of
+    /// its character device (`vfio_device_set_noiommu_and_name` in `drivers/vfio/vfio_main.c`, Linux 7.3).
+    pub fn is_unprotected(&self) -> bool {
+        self.group_is_noiommu() || self.cdev.as_ref().is_some_and(|name| name.starts_with("noiommu-"))
     }
 
     /// The character device that opens it for iommufd: `/dev/vfio/devices/vfio0`. `None` if it is not bound to VFIO, or the
@@ -307,8 +313,9 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Bytes that are no text, as a mount point may have, do not hide the rest.
 fn text(file: &Path) -> Option<String> {
-    fs::read_to_string(file).ok().map(|text| text.trim().to_owned())
+    fs::read(file).ok().map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
 }
 
 /// The last part of what a symbolic link leads to.

@@ -60,16 +60,12 @@ pub(super) fn uses(device: &HostDevice) -> Result<Vec<String>> {
             uses.push(format!("{name} is part of {master}"));
         } else {
             // A VLAN, macvlan or the like has the addresses instead.
-            let entries = names_in(&folder);
+            let entries = names(&folder).unwrap_or_default();
             let uppers = entries.iter().filter_map(|entry| entry.strip_prefix("upper_"));
             uses.extend(uppers.map(|upper| format!("{upper} is on top of {name}")));
         }
     }
     Ok(uses)
-}
-
-fn names_in(folder: &std::path::Path) -> Vec<String> {
-    names(folder).unwrap_or_default()
 }
 
 /// Interfaces with a default route (`/proc/net/route`, and `/proc/net/ipv6_route` where there is IPv6).

@@ -246,6 +246,22 @@ fn a_bound_device_has_its_files() {
     assert_eq!(nic.group_file(), Some(machine.path("dev/vfio/noiommu-7")));
 }
 
+/// A kernel without groups tells it by the character device's name alone.
+#[test]
+fn a_device_that_no_iommu_holds_is_known_by_either_name() {
+    let machine = Machine::new();
+    machine.device(NIC, ("0x8086", "0x10d3"), "0x020000", None);
+    machine.attach(NIC, "vfio-pci");
+    assert!(!machine.read(NIC).is_unprotected());
+    let folder = machine.path(&format!("{DEVICES}/{NIC}/vfio-dev"));
+    fs::rename(folder.join("vfio3"), folder.join("noiommu-vfio3")).unwrap();
+    assert!(machine.read(NIC).is_unprotected());
+
+    machine.device(OTHER, ("0x8086", "0x10d3"), "0x020000", Some(7));
+    machine.file("sys/kernel/iommu_groups/7/name", "vfio-noiommu\n");
+    assert!(machine.read(OTHER).is_unprotected());
+}
+
 #[test]
 fn bound_and_back_again() {
     let machine = Machine::new();
@@ -350,6 +366,7 @@ fn a_group_with_what_can_not_be_bound_is_refused() {
 
 #[test]
 fn an_interface_in_use_keeps_its_device() {
+    #[allow(clippy::unnecessary_wraps, reason = "as the kernel's list is asked for")]
     fn two() -> Result<Vec<InterfaceAddress>> {
         let given = |interface, address: &str| InterfaceAddress {
             interface,
@@ -445,6 +462,17 @@ fn a_mounted_partition_keeps_its_drive() {
         );
         machine.bind(&[NIC], FORCE).unwrap();
     }
+}
+
+/// The kernel writes a mount point's bytes as they are.
+#[test]
+fn a_mount_point_that_is_no_text_hides_no_other() {
+    let machine = with_drive();
+    let lines = b"30 21 259:1 / /mnt/caf\xe9 rw - vfat /dev/nvme0n1p1 rw\n31 21 259:2 / /srv rw - ext4 /dev/nvme0n1p2 rw\n";
+    fs::write(machine.path("proc/self/mountinfo"), lines).unwrap();
+    let error = machine.refused(NIC);
+    assert!(error.to_string().contains("nvme0n1p1 is mounted at /mnt/caf"), "{error}");
+    assert!(error.to_string().contains("nvme0n1p2 is mounted at /srv"), "{error}");
 }
 
 #[test]
