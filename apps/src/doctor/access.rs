@@ -6,6 +6,7 @@ use rustix::fs::{Access, access};
 use underpass::pci::host::{Host, HostDevice, VFIO_PCI};
 
 use super::Check;
+use crate::bind;
 use crate::folder::names;
 
 /// Which opens the kernel's I/O address spaces.
@@ -65,7 +66,11 @@ pub(super) fn address_spaces(host: &Host) -> Check {
             "sudo modprobe iommufd; without that module, a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV",
         );
     }
-    Check::fail(name, found, "sudo modprobe iommufd; sudo modprobe vfio-pci")
+    Check::fail(
+        name,
+        found,
+        "sudo modprobe -a iommufd vfio-pci (a kernel without iommufd needs CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV)",
+    )
 }
 
 pub(super) fn unprotected(host: &Host) -> Check {
@@ -97,11 +102,7 @@ pub(super) fn permissions(host: &Host) -> Check {
     }
     let bound = host.devices().unwrap_or_default().into_iter().find(HostDevice::is_vfio);
     let address = bound.map_or_else(|| "ADDRESS".to_owned(), |device| device.address().to_string());
-    Check::warn(
-        NAME,
-        format!("this user may not open {}", shown(&closed)),
-        format!("sudo {} bind --owner $USER {address}", crate::command_name()),
-    )
+    Check::warn(NAME, format!("this user may not open {}", shown(&closed)), bind::command(&address))
 }
 
 /// `/dev/iommu`, the container of groups, and the files of all bound devices.
