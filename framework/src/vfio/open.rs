@@ -157,6 +157,9 @@ fn uuid_text(bytes: &[u8; 16]) -> String {
 
 /// What lets this user open the device.
 fn bind(device: &str) -> String {
+    if rustix::process::geteuid().is_root() {
+        return format!("run: underpass bind {device}");
+    }
     format!("run: sudo underpass bind --owner $USER {device}")
 }
 
