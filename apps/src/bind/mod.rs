@@ -7,6 +7,7 @@ use underpass::pci::PciAddress;
 use underpass::pci::host::{self, BindOptions, Change, Host, HostDevice};
 use underpass_drivers::registry::Class;
 
+pub(crate) use self::owner::{CONTAINER, IOMMU};
 use self::owner::{Granted, User};
 use crate::devices::driver_for;
 use crate::interrupt::Stop;

@@ -11,10 +11,10 @@ use underpass::pci::host::{Host, HostDevice};
 use crate::{Usage, memlock, size};
 
 /// Which opens the kernel's I/O address spaces.
-const IOMMU: &str = "/dev/iommu";
+pub(crate) const IOMMU: &str = "/dev/iommu";
 
-/// Which opens them for groups.
-const CONTAINER: &str = "/dev/vfio/vfio";
+/// Which opens them for groups (type1).
+pub(crate) const CONTAINER: &str = "/dev/vfio/vfio";
 
 /// What the group of those who may use them is called in advice.
 const GROUP: &str = "vfio";

@@ -6,14 +6,8 @@ use rustix::fs::{Access, access};
 use underpass::pci::host::{Host, HostDevice, VFIO_PCI};
 
 use super::Check;
-use crate::bind;
+use crate::bind::{self, CONTAINER, IOMMU};
 use crate::folder::names;
-
-/// Which opens the kernel's I/O address spaces.
-const IOMMU: &str = "/dev/iommu";
-
-/// Which opens them for groups (type1).
-const CONTAINER: &str = "/dev/vfio/vfio";
 
 pub(super) fn vfio(host: &Host) -> Check {
     if host.has_vfio_pci() {
@@ -42,8 +36,8 @@ pub(super) fn denylist(host: &Host) -> Check {
     if host.takes_denylisted() {
         return Check::ok(NAME, format!("switched off; it names {denied}"));
     }
-    let mend = "if you trust the program: sudo modprobe -r vfio-pci; sudo modprobe vfio-pci disable_denylist=1 (built in: \
-                boot with vfio_pci.disable_denylist=1)";
+    let mend = "if you trust the program: sudo modprobe -r vfio-pci && sudo modprobe vfio-pci disable_denylist=1; where \
+                vfio-pci is built in, boot with vfio_pci.disable_denylist=1";
     Check::warn(NAME, format!("it names {denied}"), mend)
 }
 
