@@ -124,8 +124,8 @@ fn devices(host: &Host) -> Check {
                 Some(device) => Check::warn(NAME, found, bind(device)),
                 None => Check::warn(
                     NAME,
-                    format!("{found}; all of them are in use"),
-                    format!("end that use, of which this tells: {}", bind(first)),
+                    format!("{found}, none of them free"),
+                    format!("end its use, which this names: {}", bind(first)),
                 ),
             }
         }
@@ -276,7 +276,7 @@ mod tests {
         nic("0000:00:03.0", "2\n");
         let check = machine.check("devices");
         assert_eq!(check.status, Status::Warn);
-        assert!(check.found.ends_with("all of them are in use"), "{}", check.found);
+        assert!(check.found.ends_with("none of them free"), "{}", check.found);
         nic("0000:00:04.0", "0\n");
         let mend = machine.check("devices").mend.expect("a mend");
         assert!(mend.ends_with("0000:00:04.0"), "{mend}");
