@@ -48,12 +48,14 @@ struct Device {
     class_name: Option<String>,
     /// Network interfaces that its kernel driver made of it.
     interfaces: Vec<String>,
+    /// Whether it could be driven, and nobody uses it.
     #[serde(skip)]
-    is_bound: bool,
+    is_waiting: bool,
 }
 
 impl Device {
     fn new(device: &HostDevice, names: &PciNames) -> Self {
+        let driver = driver_for(device);
         Self {
             address: device.address().to_string(),
             vendor: format!("{:04x}", device.vendor_id()),
@@ -64,10 +66,10 @@ impl Device {
             iommu_group: device.iommu_group(),
             cdev: device.cdev().map(|path| path.display().to_string()),
             numa_node: device.numa_node(),
-            driver: driver_for(device).map(|driver| driver.name),
+            driver: driver.map(|driver| driver.name),
             class_name: names.class(device.class()).map(str::to_owned),
             interfaces: device.interfaces(),
-            is_bound: device.is_vfio(),
+            is_waiting: driver.is_some() && is_free(device),
         }
     }
 }
@@ -75,6 +77,11 @@ impl Device {
 /// The driver here that knows the device.
 pub(crate) fn driver_for(device: &HostDevice) -> Option<&'static PciDriver> {
     underpass_drivers::builtin().driver_for(device.vendor_id(), device.device_id())
+}
+
+/// Whether neither the kernel nor VFIO has a use for it.
+pub(crate) fn is_free(device: &HostDevice) -> bool {
+    !device.is_vfio() && device.uses().is_ok_and(|uses| uses.is_empty())
 }
 
 /// Whether people who look for a device to drive want to see it.
@@ -114,11 +121,9 @@ fn text(report: &Report) -> String {
         0 => String::new(),
         count => format!("\n{count} more: {command} devices --all\n"),
     };
-    let is_waiting = |device: &&Device| device.driver.is_some() && !device.is_bound;
-    let next =
-        report.devices.iter().find(is_waiting).map(|device| {
-            format!("\nTo drive one from user space: sudo {command} bind {}\n", device.address)
-        });
+    let waiting = report.devices.iter().find(|device| device.is_waiting);
+    let next = waiting
+        .map(|device| format!("\nTo drive one from user space: {}\n", crate::bind::command(&device.address)));
     list + &more + &next.unwrap_or_default()
 }
 

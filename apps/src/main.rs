@@ -83,6 +83,24 @@ fn command_name() -> String {
     typed(&std::env::args().next().unwrap_or_default())
 }
 
+/// How `sudo` starts this program: it does not look for it where cargo puts it, nor does root have to have cargo.
+fn command_for_sudo() -> String {
+    let program = std::env::args().next().unwrap_or_default();
+    for_sudo(&program, std::env::current_exe().ok().as_deref())
+}
+
+fn for_sudo(program: &str, file: Option<&Path>) -> String {
+    let is_found = |file: &Path| SUDO_PATH.iter().any(|folder| file.parent() == Some(Path::new(folder)));
+    match file {
+        Some(file) if !program.contains('/') && !is_found(file) => file.display().to_string(),
+        _ if program.is_empty() => "underpass".to_owned(),
+        _ => program.to_owned(),
+    }
+}
+
+/// Where sudo looks for programs, whatever the user's own path is (`secure_path`, as systems set it).
+const SUDO_PATH: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+
 fn typed(program: &str) -> String {
     let mut folders = Path::new(program).components().rev().skip(1);
     match (folders.next(), folders.next()) {
@@ -231,6 +249,17 @@ mod tests {
             ("", "underpass"),
         ] {
             assert_eq!(typed(program), command, "{program}");
+        }
+    }
+
+    #[test]
+    fn sudo_finds_it_too() {
+        for (program, file, command) in [
+            ("underpass", "/usr/local/bin/underpass", "underpass"),
+            ("underpass", "/home/user/.cargo/bin/underpass", "/home/user/.cargo/bin/underpass"),
+            ("target/release/underpass", "/src/target/release/underpass", "target/release/underpass"),
+        ] {
+            assert_eq!(for_sudo(program, Some(Path::new(file))), command, "{file}");
         }
     }
 

@@ -34,9 +34,9 @@ pub(crate) fn is_enough(limit: Limit) -> bool {
     limit.is_none_or(|bytes| bytes >= ENOUGH)
 }
 
-/// How `user`'s limit is raised.
+/// How the limit of `user`, a name or `$USER`, is raised.
 pub(crate) fn mend(user: &str) -> String {
     format!(
-        "echo '{user} - memlock unlimited' | sudo tee /etc/security/limits.d/underpass.conf, and log in again"
+        "echo \"{user} - memlock unlimited\" | sudo tee /etc/security/limits.d/underpass.conf, and log in again"
     )
 }

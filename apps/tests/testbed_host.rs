@@ -454,7 +454,11 @@ fn an_ordinary_user_drives_what_root_gave() {
     let port = net0();
     let forward = ["forward", "--json", "--mode", "txonly", "--port", &port, "--seconds", "0.3"];
     let closed = as_user(&forward);
-    check_refused(&closed, &forward, &["ermission denied"]);
+    check_refused(
+        &closed,
+        &forward,
+        &["ermission denied", &format!("sudo underpass bind --owner $USER {port}")],
+    );
 
     let report = done(&["bind", "--owner", "user", &port]);
     let given: Vec<_> =

@@ -7,6 +7,7 @@ use underpass::pci::PciAddress;
 use underpass::pci::host::{self, BindOptions, Change, Host, HostDevice};
 use underpass_drivers::registry::Class;
 
+pub(crate) use self::owner::{CONTAINER, IOMMU};
 use self::owner::{Granted, User};
 use crate::devices::driver_for;
 use crate::interrupt::Stop;
@@ -107,6 +108,14 @@ impl Device {
     }
 }
 
+/// What lets this user drive the device at `address`.
+pub(crate) fn command(address: &str) -> String {
+    if rustix::process::geteuid().is_root() {
+        return format!("{} bind {address}", crate::command_name());
+    }
+    format!("sudo {} bind --owner $USER {address}", crate::command_for_sudo())
+}
+
 /// Runs `underpass bind`.
 pub(crate) fn bind(args: &BindArgs) -> anyhow::Result<()> {
     let host = Host::this();
@@ -124,7 +133,9 @@ pub(crate) fn bind(args: &BindArgs) -> anyhow::Result<()> {
         Err(error) => {
             let new = changes.iter().filter(|change| change.before != change.after);
             let new: Vec<_> = new.map(|change| change.address).collect();
-            host::unbind(&host, &new, BindOptions::default())?;
+            if let Err(error) = host::unbind(&host, &new, BindOptions::default()) {
+                tracing::error!("{error}");
+            }
             return Err(error);
         }
     };

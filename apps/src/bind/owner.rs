@@ -11,10 +11,13 @@ use underpass::pci::host::{Host, HostDevice};
 use crate::{Usage, memlock, size};
 
 /// Which opens the kernel's I/O address spaces.
-const IOMMU: &str = "/dev/iommu";
+pub(crate) const IOMMU: &str = "/dev/iommu";
 
-/// Which opens them for groups.
-const CONTAINER: &str = "/dev/vfio/vfio";
+/// Which opens them for groups (type1).
+pub(crate) const CONTAINER: &str = "/dev/vfio/vfio";
+
+/// What the group of those who may use them is called in advice.
+const GROUP: &str = "vfio";
 
 /// A user of this system.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,8 +93,9 @@ impl User {
         for path in [IOMMU, CONTAINER].map(|path| host.path(path)) {
             if path.exists() && !self.may_use(&path)? && fs::metadata(&path)?.uid() != 0 {
                 anyhow::bail!(
-                    "cannot give {path} to {user}: it belongs to another user already; run: sudo setfacl -m \
-                     u:{user}:rw {path}, and bind without --owner",
+                    "cannot give {path} to {user}: it belongs to another user already; for several users, make a group of \
+                     them and bind again: sudo groupadd -f {GROUP} && sudo usermod -aG {GROUP} {user} && sudo chgrp \
+                     {GROUP} {path} && sudo chmod g+rw {path}",
                     path = path.display(),
                     user = self.name
                 );

@@ -6,13 +6,8 @@ use rustix::fs::{Access, access};
 use underpass::pci::host::{Host, HostDevice, VFIO_PCI};
 
 use super::Check;
+use crate::bind::{self, CONTAINER, IOMMU};
 use crate::folder::names;
-
-/// Which opens the kernel's I/O address spaces.
-const IOMMU: &str = "/dev/iommu";
-
-/// Which opens them for groups (type1).
-const CONTAINER: &str = "/dev/vfio/vfio";
 
 pub(super) fn vfio(host: &Host) -> Check {
     if host.has_vfio_pci() {
@@ -41,8 +36,8 @@ pub(super) fn denylist(host: &Host) -> Check {
     if host.takes_denylisted() {
         return Check::ok(NAME, format!("switched off; it names {denied}"));
     }
-    let mend = "if you trust the program: sudo modprobe -r vfio-pci; sudo modprobe vfio-pci disable_denylist=1 (built in: \
-                boot with vfio_pci.disable_denylist=1)";
+    let mend = "if you trust the program: sudo modprobe -r vfio-pci && sudo modprobe vfio-pci disable_denylist=1; where \
+                vfio-pci is built in, boot with vfio_pci.disable_denylist=1";
     Check::warn(NAME, format!("it names {denied}"), mend)
 }
 
@@ -65,7 +60,11 @@ pub(super) fn address_spaces(host: &Host) -> Check {
             "sudo modprobe iommufd; without that module, a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV",
         );
     }
-    Check::fail(name, found, "sudo modprobe iommufd; sudo modprobe vfio-pci")
+    Check::fail(
+        name,
+        found,
+        "sudo modprobe -a iommufd vfio-pci (a kernel without iommufd needs CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV)",
+    )
 }
 
 pub(super) fn unprotected(host: &Host) -> Check {
@@ -97,11 +96,7 @@ pub(super) fn permissions(host: &Host) -> Check {
     }
     let bound = host.devices().unwrap_or_default().into_iter().find(HostDevice::is_vfio);
     let address = bound.map_or_else(|| "ADDRESS".to_owned(), |device| device.address().to_string());
-    Check::warn(
-        NAME,
-        format!("this user may not open {}", shown(&closed)),
-        format!("sudo {} bind --owner $USER {address}", crate::command_name()),
-    )
+    Check::warn(NAME, format!("this user may not open {}", shown(&closed)), bind::command(&address))
 }
 
 /// `/dev/iommu`, the container of groups, and the files of all bound devices.

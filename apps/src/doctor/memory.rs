@@ -51,7 +51,7 @@ pub(super) fn memlock() -> Check {
         return Check::ok(NAME, shown);
     }
     let found = format!("{shown} for all that devices may reach, too little for most uses");
-    Check::warn(NAME, found, memlock::mend("$USER").replace('\'', "\""))
+    Check::warn(NAME, found, memlock::mend("$USER"))
 }
 
 fn by_node(host: &Host, bytes: u64) -> String {

@@ -9,7 +9,8 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use underpass::pci::host::{Host, HostDevice};
 
-use crate::devices::driver_for;
+use crate::bind;
+use crate::devices::{driver_for, is_free};
 
 /// Check what real devices need: IOMMU, VFIO, permissions, huge pages, cores. Each finding comes with its mend
 ///
@@ -117,9 +118,16 @@ fn devices(host: &Host) -> Check {
     let found = format!("{count} that a driver here knows, {} bound to vfio-pci", bound.len());
     match (bound.first(), unbound.first()) {
         (Some(_), _) => Check::ok(NAME, found),
-        (None, Some(device)) => {
-            let mend = format!("sudo {} bind {}", crate::command_name(), device.address());
-            Check::warn(NAME, found, mend)
+        (None, Some(first)) => {
+            let bind = |device: &HostDevice| bind::command(&device.address().to_string());
+            match unbound.iter().find(|device| is_free(device)) {
+                Some(device) => Check::warn(NAME, found, bind(device)),
+                None => Check::warn(
+                    NAME,
+                    format!("{found}, none of them free"),
+                    format!("end its use, which this names: {}", bind(first)),
+                ),
+            }
         }
         (None, None) => Check::warn(
             NAME,
@@ -212,7 +220,11 @@ mod tests {
             (check.status, check.found.as_str()),
             (Status::Fail, "none is on (booted with intel_iommu=off)")
         );
-        assert!(check.mend.expect("a mend").contains("intel_iommu=on"));
+        let mend = check.mend.expect("a mend");
+        assert!(mend.contains("intel_iommu=on") && mend.contains("modprobe vfio-pci && echo 1"), "{mend}");
+        machine.write("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "N\n");
+        let mend = machine.check("IOMMU").mend.expect("a mend");
+        assert!(mend.contains("enable_unsafe") && !mend.contains("modprobe"), "{mend}");
 
         // Scalable mode is bit 43, PASIDs are bit 40.
         machine.write("sys/class/iommu/dmar0/intel-iommu/ecap", "90000f050df\n");
@@ -221,7 +233,11 @@ mod tests {
         assert_eq!(machine.check("interrupt remapping").status, Status::Fail);
         assert_eq!(machine.check("PASID").status, Status::Ok);
         machine.write("sys/module/iommufd/parameters/allow_unsafe_interrupts", "Y\n");
-        assert_eq!(machine.check("interrupt remapping").status, Status::Warn);
+        let check = machine.check("interrupt remapping");
+        assert_eq!(check.status, Status::Warn);
+        for way in check.mend.expect("a mend").split("; ") {
+            assert_eq!(way.matches('(').count(), way.matches(')').count(), "each way has a line: {way}");
+        }
         machine.write("proc/interrupts", "  0:  2  IR-IO-APIC  2-edge  timer\n");
         assert_eq!(machine.check("interrupt remapping").status, Status::Ok);
         machine.write("sys/class/iommu/dmar0/intel-iommu/ecap", "80000f020df\n");
@@ -242,6 +258,28 @@ mod tests {
         );
         assert_eq!(machine.check("IOMMU").status, Status::Warn);
         assert_eq!(machine.check("noiommu").status, Status::Warn);
+    }
+
+    #[test]
+    fn a_device_in_use_is_not_the_one_to_bind() {
+        let machine = Machine::new("devices", &[]);
+        let nic = |address: &str, functions: &str| {
+            for (file, text) in [
+                ("vendor", "0x1af4\n"),
+                ("device", "0x1041\n"),
+                ("class", "0x020000\n"),
+                ("sriov_numvfs", functions),
+            ] {
+                machine.write(&format!("sys/bus/pci/devices/{address}/{file}"), text);
+            }
+        };
+        nic("0000:00:03.0", "2\n");
+        let check = machine.check("devices");
+        assert_eq!(check.status, Status::Warn);
+        assert!(check.found.ends_with("none of them free"), "{}", check.found);
+        nic("0000:00:04.0", "0\n");
+        let mend = machine.check("devices").mend.expect("a mend");
+        assert!(mend.ends_with("0000:00:04.0"), "{mend}");
     }
 
     #[test]

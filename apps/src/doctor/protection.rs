@@ -94,12 +94,14 @@ pub(super) fn interrupts(host: &Host) -> Check {
         return Check::ok(NAME, "on");
     }
     let off = "off: a device could forge interrupts, so VFIO refuses it";
+    // Each way to devices asks its own module.
+    let there: Vec<_> = UNSAFE.into_iter().filter(|parameter| host.path(parameter).exists()).collect();
+    let files = if there.is_empty() { UNSAFE[0].to_owned() } else { there.join(" ") };
     let mend = format!(
-        "switch it on (firmware: x2APIC or interrupt remapping; command line: no intremap=off); where the IOMMU has none, \
-         as virtio-iommu, and at that risk: echo 1 | sudo tee {}",
-        UNSAFE[0]
+        "switch it on: in the firmware (x2APIC, interrupt remapping), and no intremap=off on the kernel's command line; \
+         where the IOMMU has none, as virtio-iommu, and at that risk: echo 1 | sudo tee {files}"
     );
-    match UNSAFE.iter().find(|parameter| host.is_set(parameter)) {
+    match there.iter().find(|parameter| host.is_set(parameter)) {
         Some(_) => Check::warn(NAME, "off, and allowed to be: a device could forge interrupts", mend),
         None => Check::fail(NAME, off, mend),
     }
@@ -150,11 +152,14 @@ pub(super) fn pasid(host: &Host) -> Check {
 
 /// What switches an IOMMU on, or does without.
 fn mend(host: &Host) -> String {
-    format!(
-        "{}; in a virtual machine, give it an IOMMU; or do without, at the risk of all memory: echo 1 | sudo tee \
-         /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-        host.how_to_enable_iommu()
-    )
+    const PARAMETER: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
+    let mend = format!("{}; in a virtual machine, give it an IOMMU", host.how_to_enable_iommu());
+    if host.takes_unprotected() {
+        return mend;
+    }
+    // Before the module is there, so is no parameter of it.
+    let load = if host.path(PARAMETER).exists() { "" } else { "sudo modprobe vfio-pci && " };
+    format!("{mend}; or do without, at the risk of all memory: {load}echo 1 | sudo tee {PARAMETER}")
 }
 
 /// The IOMMUs that the kernel uses, by their names in sysfs.

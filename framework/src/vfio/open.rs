@@ -16,7 +16,7 @@ use super::ioctl::Handle;
 use super::{Claim, Device, Options};
 use crate::bar::Bar;
 use crate::pci::PciAddress;
-use crate::pci::host::{Host, HostDevice};
+use crate::pci::host::HostDevice;
 
 /// A device and its BARs.
 type Opened = (Arc<Device>, Vec<(usize, Bar)>);
@@ -102,8 +102,8 @@ impl Place {
             let bound = iommufd.bind(cdev, &self.name, options.vf_token)?;
             return Ok((Handle::cdev(bound), Box::new(iommufd)));
         }
-        let type1 = Type1::open()?;
-        let group = type1.group(self.group()?)?;
+        let type1 = Type1::open().map_err(|error| self.not_permitted(error))?;
+        let group = type1.group(self.group()?).map_err(|error| self.not_permitted(error))?;
         Ok((self.in_group(group, options)?, Box::new(type1)))
     }
 
@@ -113,12 +113,21 @@ impl Place {
         let iommufd = match Iommufd::shared() {
             // It may have groups all the same. Anything else is for its user to mend.
             Err(error) if error.kind() == ErrorKind::NotFound && self.group.is_some() => return Ok(None),
-            iommufd => iommufd?,
+            iommufd => iommufd.map_err(|error| self.not_permitted(error))?,
         };
         match fs::File::options().read(true).write(true).open(path) {
             Ok(file) => Ok(Some((file.into(), iommufd))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.group.is_some() => Ok(None),
-            Err(error) => Err(cannot_open(path, &self.name, error)),
+            Err(error) => Err(self.not_permitted(cannot_open(path, error))),
+        }
+    }
+
+    /// A user who may not open one of the files may not open the others either: a command that gives them all is better than
+    /// one that gives this one.
+    fn not_permitted(&self, error: Error) -> Error {
+        match self.name.parse::<PciAddress>() {
+            Ok(_) if error.errno() == Some(libc::EACCES) => error.mend(bind(&self.name)),
+            _ => error,
         }
     }
 
@@ -151,24 +160,22 @@ fn uuid_text(bytes: &[u8; 16]) -> String {
     [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
 }
 
+/// What lets this user open the device.
+fn bind(device: &str) -> String {
+    if rustix::process::geteuid().is_root() {
+        return format!("run: underpass bind {device}");
+    }
+    format!("run: sudo underpass bind --owner $USER {device}")
+}
+
 #[cold]
 fn not_bound(device: &HostDevice) -> Error {
     let name = device.address().to_string();
-    let bind = format!("run as root: underpass bind {name}");
-    let error = |kind, why: String| Error::new(kind, "open the device", why).device(name.clone());
-    match device.kernel_driver() {
-        Some(driver) => {
-            error(ErrorKind::Busy, format!("it belongs to the kernel's driver {driver}")).mend(bind)
-        }
-        None if device.is_denylisted() && !Host::this().takes_denylisted() => error(
-            ErrorKind::Permission,
-            "vfio-pci takes it only with disable_denylist=1".into(),
-        )
-        .mend(format!(
-            "run as root: modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1; underpass bind {name}"
-        )),
-        None => error(ErrorKind::NotFound, "it is not bound to vfio-pci".into()).mend(bind),
-    }
+    let (kind, why) = match device.kernel_driver() {
+        Some(driver) => (ErrorKind::Busy, format!("it belongs to the kernel's driver {driver}")),
+        None => (ErrorKind::NotFound, "it is not bound to vfio-pci".to_owned()),
+    };
+    Error::new(kind, "open the device", why).mend(bind(&name)).device(name)
 }
 
 #[cold]
@@ -182,7 +189,7 @@ fn unprotected() -> Error {
 }
 
 #[cold]
-fn cannot_open(path: &Path, device: &str, error: std::io::Error) -> Error {
+fn cannot_open(path: &Path, error: std::io::Error) -> Error {
     let operation = format!("open {}", path.display());
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM) => {
@@ -196,8 +203,7 @@ fn cannot_open(path: &Path, device: &str, error: std::io::Error) -> Error {
                     )
                 },
             );
-            Error::os(operation, owner, error)
-                .mend(format!("run as root: underpass bind --owner USER {device}"))
+            Error::os(operation, owner, error).mend(format!("run: sudo chown $USER {}", path.display()))
         }
         Some(libc::EBUSY) => Error::os(operation, "another process has it", error)
             .mend(format!("find and stop that: fuser -v {}", path.display())),

@@ -8,7 +8,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use super::{Host, HostDevice, VFIO_PCI, disk, group, network, process, text};
+use super::{Host, HostDevice, VFIO_PCI, group, process, text};
 use crate::pci::PciAddress;
 use crate::{Error, ErrorKind, Result};
 
@@ -162,13 +162,7 @@ impl Binder<'_> {
             return Err(device.error(ErrorKind::Unsupported, BIND, why).mend("bind the devices behind it"));
         }
         if !options.force {
-            let mut uses = network::uses(device)?;
-            uses.extend(disk::uses(device));
-            let functions =
-                text(&device.folder.join("sriov_numvfs")).and_then(|count| count.parse::<u32>().ok());
-            uses.extend(
-                functions.filter(|count| *count > 0).map(|count| format!("it has {count} virtual functions")),
-            );
+            let uses = device.uses()?;
             if !uses.is_empty() {
                 return Err(device
                     .error(ErrorKind::Busy, BIND, format!("it is in use: {}", some_of(&uses)))

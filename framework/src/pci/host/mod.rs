@@ -284,6 +284,22 @@ impl HostDevice {
         network::interfaces(self)
     }
 
+    /// What [`bind`] refuses to cut off with it: addresses, default routes and masters of its network interfaces, mounts and
+    /// swap space on its disks, its virtual functions. A line each; none if it is free. Without root, a disk that something
+    /// holds which sysfs does not tell of is not seen.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Os`] where the kernel does not tell the addresses.
+    pub fn uses(&self) -> Result<Vec<String>> {
+        let mut uses = network::uses(self)?;
+        uses.extend(disk::uses(self));
+        let functions = text(&self.folder.join("sriov_numvfs")).and_then(|count| count.parse::<u32>().ok());
+        uses.extend(
+            functions.filter(|count| *count > 0).map(|count| format!("it has {count} virtual functions")),
+        );
+        Ok(uses)
+    }
+
     /// Its folder in sysfs.
     fn folder(&self) -> &Path {
         &self.folder
