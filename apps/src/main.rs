@@ -99,7 +99,7 @@ fn for_sudo(program: &str, file: Option<&Path>) -> String {
 }
 
 /// Where sudo looks for programs, whatever the user's own path is (`secure_path`, as systems set it).
-const SUDO_PATH: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+const SUDO_PATH: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
 fn typed(program: &str) -> String {
     let mut folders = Path::new(program).components().rev().skip(1);

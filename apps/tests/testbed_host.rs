@@ -365,6 +365,8 @@ fn without_an_iommu_nothing_is_bound_unasked() {
     write(parameter, "N");
     let output = underpass(&["bind", &address]);
     write(parameter, "Y");
+    let bound = underpass(&["bind", &net0()]);
+    assert!(text(&bound.stdout).trim_end().ends_with("--allow-unsafe-noiommu"), "{}", text(&bound.stdout));
     check_refused(&output, &["bind"], &["no IOMMU holds it", "kernel's command line", "noiommu"]);
     assert_eq!(driver(&address).as_deref(), Some("e1000e"));
 }

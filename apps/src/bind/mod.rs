@@ -79,7 +79,7 @@ struct Device {
     driver: Option<&'static str>,
     /// What drives it from the command line.
     #[serde(skip)]
-    command: Option<&'static str>,
+    command: Option<String>,
 }
 
 impl Device {
@@ -92,9 +92,13 @@ impl Device {
             iommu_group: device.iommu_group(),
             cdev: device.cdev().map(|path| path.display().to_string()),
             driver: driver.map(|driver| driver.name),
-            command: driver.map(|driver| match driver.class {
-                Class::Port => "forward --port",
-                Class::Accelerator => "copy --device",
+            command: driver.map(|driver| {
+                let command = match driver.class {
+                    Class::Port => "forward --port",
+                    Class::Accelerator => "copy --device",
+                };
+                let trust = if device.group_is_noiommu() { " --allow-unsafe-noiommu" } else { "" };
+                format!("{} {command} {}{trust}", crate::command_name(), device.address())
             }),
         }
     }
@@ -140,10 +144,7 @@ pub(crate) fn bind(args: &BindArgs) -> anyhow::Result<()> {
         }
     };
     let report = Report::new(&changes, &devices, owner);
-    report.print(args.json, |device| {
-        let command = device.command?;
-        Some(format!("To drive it: {} {command} {}", crate::command_name(), device.address))
-    })
+    report.print(args.json, |device| Some(format!("To drive it: {}", device.command.as_ref()?)))
 }
 
 /// Runs `underpass unbind`.
