@@ -82,9 +82,9 @@ impl Pinned {
         Ok(())
     }
 
-    /// Undoes [`map`](Self::map) of the region `id`, which is `len` bytes long, at `place`.
-    pub(super) fn unmap(&self, fd: &IommuFd, place: Place, id: RegionId, len: u64) -> Result<()> {
-        let entry = self.region(id);
+    /// Undoes [`map`](Self::map) of `region` at `place`.
+    pub(super) fn unmap(&self, fd: &IommuFd, place: Place, region: &Region) -> Result<()> {
+        let (entry, len) = (self.region(region.id()), region.len());
         let mut mapped = lock(&entry);
         unmap_exactly(fd, place, len)?;
         mapped.places.retain(|other| *other != place);
