@@ -1,6 +1,7 @@
 //! Ranges of I/O virtual addresses, and the allocator that hands them out.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 
 use crate::memory::Bytes;
@@ -97,21 +98,14 @@ impl IovaAllocator {
 
     /// Takes exactly the `len` bytes at `iova`, if all of them are usable and free.
     pub fn reserve(&mut self, iova: Iova, len: u64) -> bool {
-        let range = IovaRange::sized(iova, len).filter(|range| self.free.holds(range));
-        if let Some(range) = range {
-            self.take(range);
-        }
-        range.is_some()
+        IovaRange::sized(iova, len).is_some_and(|range| self.take(range))
     }
 
     /// Gives back what [`allocate`](Self::allocate) or [`reserve`](Self::reserve) handed out, whole. Anything
     /// else is a bug of the caller's; it is logged and changes nothing, so that no address is handed out twice.
     pub fn free(&mut self, iova: Iova, len: u64) {
         match IovaRange::sized(iova, len) {
-            Some(range) if self.allocated.get(range.first) == Some(range) => {
-                self.allocated.remove(range.first);
-                self.free.insert(range);
-            }
+            Some(range) if self.allocated.remove(range) => self.free.insert(range),
             _ => tracing::error!("{len} bytes of IOVA at {iova} were freed, but are not allocated; ignored"),
         }
     }
@@ -134,11 +128,14 @@ impl IovaAllocator {
         Ok(())
     }
 
-    /// Moves `range`, which is free, to the allocated ones.
-    fn take(&mut self, range: IovaRange) {
-        self.free.cut(range);
-        // Inserted as it is, not merged with its neighbours: it is freed on its own.
-        self.allocated.0.insert(range.first, range.last);
+    /// Moves `range` to the allocated ones, if all of it is free.
+    fn take(&mut self, range: IovaRange) -> bool {
+        let is_free = self.free.cut(range);
+        if is_free {
+            // Inserted as it is, not merged with its neighbours: it is freed on its own.
+            self.allocated.0.insert(range.last, range.first);
+        }
+        is_free
     }
 
     #[cold]
@@ -160,8 +157,9 @@ impl IovaAllocator {
     }
 }
 
-/// Ranges that do not overlap, from first to last address. None holds the very first page of the space, so
-/// that the size of each fits a `u64`.
+/// Ranges that do not overlap: the first address of each by its last, so that a hole changes in place where something is
+/// taken from its front, as mostly, or comes back there. None holds the very first page of the space, so that the size of
+/// each fits a `u64`.
 #[derive(Debug, Default)]
 struct Ranges(BTreeMap<Iova, Iova>);
 
@@ -180,65 +178,66 @@ impl Ranges {
                 _ => merged.push(range),
             }
         }
-        Self(merged.into_iter().map(|range| (range.first, range.last)).collect())
+        Self(merged.into_iter().map(|range| (range.last, range.first)).collect())
     }
 
     /// All of them, in ascending order.
     fn iter(&self) -> impl Iterator<Item = IovaRange> {
-        self.0.iter().map(|(&first, &last)| IovaRange { first, last })
+        self.0.iter().map(|(&last, &first)| IovaRange { first, last })
     }
 
-    /// The range that starts at `first`.
-    fn get(&self, first: Iova) -> Option<IovaRange> {
-        self.0.get(&first).map(|&last| IovaRange { first, last })
-    }
-
-    fn remove(&mut self, first: Iova) {
-        self.0.remove(&first);
-    }
-
-    /// The range that holds all of `range`.
-    fn holder(&self, range: &IovaRange) -> Option<IovaRange> {
-        let (&first, &last) = self.0.range(..=range.first).next_back()?;
-        Some(IovaRange { first, last }).filter(|holder| holder.contains(range))
-    }
-
+    /// Whether one of them holds all of `range`.
     fn holds(&self, range: &IovaRange) -> bool {
-        self.holder(range).is_some()
+        self.0
+            .range(range.first..)
+            .next()
+            .is_some_and(|(&last, &first)| IovaRange { first, last }.contains(range))
     }
 
-    /// Takes `range` out of the one that holds it; what is left of that on either side stays.
-    fn cut(&mut self, range: IovaRange) {
-        let Some(holder) = self.holder(&range) else { return };
-        self.remove(holder.first);
-        if holder.first < range.first {
-            self.0.insert(holder.first, Iova::new(range.first.get() - 1));
+    /// Takes exactly `range` out, if it is one of them.
+    fn remove(&mut self, range: IovaRange) -> bool {
+        match self.0.entry(range.last) {
+            Entry::Occupied(entry) if *entry.get() == range.first => {
+                entry.remove();
+                true
+            }
+            _ => false,
         }
-        if range.last < holder.last {
-            self.0.insert(Iova::new(range.last.get() + 1), holder.last);
+    }
+
+    /// Takes `range` out of the one that holds it, if there is one; what is left of that on either side stays.
+    fn cut(&mut self, range: IovaRange) -> bool {
+        let Some((&last, start)) = self.0.range_mut(range.first..).next() else { return false };
+        let first = *start;
+        if !(IovaRange { first, last }).contains(&range) {
+            return false;
         }
+        if range.last < last {
+            *start = Iova::new(range.last.get() + 1);
+        } else {
+            self.0.remove(&last);
+        }
+        if first < range.first {
+            self.0.insert(Iova::new(range.first.get() - 1), first);
+        }
+        true
     }
 
     /// Adds `range`, which overlaps none, and merges it with those that it touches.
-    fn insert(&mut self, mut range: IovaRange) {
-        let before = self.0.range(..range.first).next_back().map(|(&first, &last)| (first, last));
-        if let Some((first, last)) = before
-            && last.checked_add(1) == Some(range.first)
-        {
-            self.0.remove(&first);
-            range.first = first;
+    fn insert(&mut self, range: IovaRange) {
+        let before = self.0.remove(&Iova::new(range.first.get() - 1));
+        let first = before.unwrap_or(range.first);
+        match self.0.range_mut(range.last..).next() {
+            Some((_, start)) if range.last.checked_add(1) == Some(*start) => *start = first,
+            _ => drop(self.0.insert(range.last, first)),
         }
-        if let Some(last) = range.last.checked_add(1).and_then(|next| self.0.remove(&next)) {
-            range.last = last;
-        }
-        self.0.insert(range.first, range.last);
     }
 
     /// The addresses in both.
     fn intersection(&self, other: &Self) -> Self {
         let pairs =
             self.iter().flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
-        Self(pairs.map(|range| (range.first, range.last)).collect())
+        Self(pairs.map(|range| (range.last, range.first)).collect())
     }
 }
 
