@@ -1,7 +1,5 @@
 //! Ranges of I/O virtual addresses, and the allocator that hands them out.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::fmt;
 
 use crate::memory::Bytes;
@@ -105,7 +103,7 @@ impl IovaAllocator {
     /// else is a bug of the caller's; it is logged and changes nothing, so that no address is handed out twice.
     pub fn free(&mut self, iova: Iova, len: u64) {
         match IovaRange::sized(iova, len) {
-            Some(range) if self.allocated.remove(range) => self.free.insert(range),
+            Some(range) if self.allocated.remove(range) => self.free.merge(range),
             _ => tracing::error!("{len} bytes of IOVA at {iova} were freed, but are not allocated; ignored"),
         }
     }
@@ -133,7 +131,7 @@ impl IovaAllocator {
         let is_free = self.free.cut(range);
         if is_free {
             // Inserted as it is, not merged with its neighbours: it is freed on its own.
-            self.allocated.0.insert(range.last, range.first);
+            self.allocated.add(range);
         }
         is_free
     }
@@ -157,11 +155,13 @@ impl IovaAllocator {
     }
 }
 
-/// Ranges that do not overlap: the first address of each by its last, so that a hole changes in place where something is
-/// taken from its front, as mostly, or comes back there. None holds the very first page of the space, so that the size of
-/// each fits a `u64`.
+/// Ranges that do not overlap, in ascending order. None holds the very first page of the space, so that the size of each fits
+/// a `u64`.
+///
+/// A list, since the kernel lets a process have some 2^16 mappings, and they mostly come one behind the other: then nothing
+/// moves in it.
 #[derive(Debug, Default)]
-struct Ranges(BTreeMap<Iova, Iova>);
+struct Ranges(Vec<IovaRange>);
 
 impl Ranges {
     /// What can be handed out of `ranges`, merged.
@@ -178,58 +178,69 @@ impl Ranges {
                 _ => merged.push(range),
             }
         }
-        Self(merged.into_iter().map(|range| (range.last, range.first)).collect())
+        Self(merged)
     }
 
     /// All of them, in ascending order.
     fn iter(&self) -> impl Iterator<Item = IovaRange> {
-        self.0.iter().map(|(&last, &first)| IovaRange { first, last })
+        self.0.iter().copied()
+    }
+
+    /// The index of the first one that does not end before `iova`.
+    fn find(&self, iova: Iova) -> usize {
+        self.0.partition_point(|range| range.last < iova)
     }
 
     /// Whether one of them holds all of `range`.
     fn holds(&self, range: &IovaRange) -> bool {
-        self.0
-            .range(range.first..)
-            .next()
-            .is_some_and(|(&last, &first)| IovaRange { first, last }.contains(range))
+        self.0.get(self.find(range.first)).is_some_and(|holder| holder.contains(range))
+    }
+
+    /// Adds `range`, which overlaps none.
+    fn add(&mut self, range: IovaRange) {
+        self.0.insert(self.find(range.first), range);
     }
 
     /// Takes exactly `range` out, if it is one of them.
     fn remove(&mut self, range: IovaRange) -> bool {
-        match self.0.entry(range.last) {
-            Entry::Occupied(entry) if *entry.get() == range.first => {
-                entry.remove();
-                true
-            }
-            _ => false,
+        let at = self.find(range.first);
+        let is_there = self.0.get(at) == Some(&range);
+        if is_there {
+            self.0.remove(at);
         }
+        is_there
     }
 
     /// Takes `range` out of the one that holds it, if there is one; what is left of that on either side stays.
     fn cut(&mut self, range: IovaRange) -> bool {
-        let Some((&last, start)) = self.0.range_mut(range.first..).next() else { return false };
-        let first = *start;
-        if !(IovaRange { first, last }).contains(&range) {
-            return false;
-        }
-        if range.last < last {
-            *start = Iova::new(range.last.get() + 1);
-        } else {
-            self.0.remove(&last);
-        }
-        if first < range.first {
-            self.0.insert(Iova::new(range.first.get() - 1), first);
+        let at = self.find(range.first);
+        let Some(holder) = self.0.get_mut(at).filter(|holder| holder.contains(&range)) else { return false };
+        let before = (holder.first < range.first)
+            .then(|| IovaRange { first: holder.first, last: Iova::new(range.first.get() - 1) });
+        let after = (range.last < holder.last)
+            .then(|| IovaRange { first: Iova::new(range.last.get() + 1), last: holder.last });
+        match (before, after) {
+            (None, None) => drop(self.0.remove(at)),
+            (Some(left), None) | (None, Some(left)) => *holder = left,
+            (Some(before), Some(after)) => {
+                *holder = after;
+                self.0.insert(at, before);
+            }
         }
         true
     }
 
     /// Adds `range`, which overlaps none, and merges it with those that it touches.
-    fn insert(&mut self, range: IovaRange) {
-        let before = self.0.remove(&Iova::new(range.first.get() - 1));
-        let first = before.unwrap_or(range.first);
-        match self.0.range_mut(range.last..).next() {
-            Some((_, start)) if range.last.checked_add(1) == Some(*start) => *start = first,
-            _ => drop(self.0.insert(range.last, first)),
+    fn merge(&mut self, range: IovaRange) {
+        let at = self.find(range.first);
+        let touch = |before: IovaRange, after: IovaRange| before.last.checked_add(1) == Some(after.first);
+        let before = at.checked_sub(1).filter(|&before| touch(self.0[before], range));
+        let touches_after = self.0.get(at).is_some_and(|&after| touch(range, after));
+        match (before, touches_after) {
+            (Some(before), true) => self.0[before].last = self.0.remove(at).last,
+            (Some(before), false) => self.0[before].last = range.last,
+            (None, true) => self.0[at].first = range.first,
+            (None, false) => self.0.insert(at, range),
         }
     }
 
@@ -237,7 +248,7 @@ impl Ranges {
     fn intersection(&self, other: &Self) -> Self {
         let pairs =
             self.iter().flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
-        Self(pairs.map(|range| (range.last, range.first)).collect())
+        Self(pairs.collect())
     }
 }
 
