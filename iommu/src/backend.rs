@@ -130,7 +130,7 @@ pub trait IoasOps: Send + Sync + fmt::Debug {
         Ok(None)
     }
     /// Undoes exactly one earlier [`map`](Self::map); returns once no DMA can touch the memory any more.
-    fn unmap(&self, iova: Iova, len: u64) -> Result<()>;
+    fn unmap(&self, iova: Iova, region: &Region) -> Result<()>;
     /// Where memory that is handed to the device has to be registered (`check=leases`), if it has to.
     fn leases(&self) -> Option<Arc<dyn Leases>> {
         None
@@ -320,7 +320,7 @@ impl Mapping {
             return self.ioas.check_unmoved(&self.region, pages);
         }
         let mut iovas = self.ioas.0.iovas();
-        let result = self.ioas.0.ops.unmap(self.iova, self.region.len());
+        let result = self.ioas.0.ops.unmap(self.iova, &self.region);
         match &result {
             Ok(()) => iovas.free(self.iova, self.region.len()),
             // The device may still reach the memory: it is never freed, and its addresses are never used again.

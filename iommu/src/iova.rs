@@ -1,6 +1,5 @@
 //! Ranges of I/O virtual addresses, and the allocator that hands them out.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::memory::Bytes;
@@ -97,21 +96,14 @@ impl IovaAllocator {
 
     /// Takes exactly the `len` bytes at `iova`, if all of them are usable and free.
     pub fn reserve(&mut self, iova: Iova, len: u64) -> bool {
-        let range = IovaRange::sized(iova, len).filter(|range| self.free.holds(range));
-        if let Some(range) = range {
-            self.take(range);
-        }
-        range.is_some()
+        IovaRange::sized(iova, len).is_some_and(|range| self.take(range))
     }
 
     /// Gives back what [`allocate`](Self::allocate) or [`reserve`](Self::reserve) handed out, whole. Anything
     /// else is a bug of the caller's; it is logged and changes nothing, so that no address is handed out twice.
     pub fn free(&mut self, iova: Iova, len: u64) {
         match IovaRange::sized(iova, len) {
-            Some(range) if self.allocated.get(range.first) == Some(range) => {
-                self.allocated.remove(range.first);
-                self.free.insert(range);
-            }
+            Some(range) if self.allocated.remove(range) => self.free.merge(range),
             _ => tracing::error!("{len} bytes of IOVA at {iova} were freed, but are not allocated; ignored"),
         }
     }
@@ -134,11 +126,14 @@ impl IovaAllocator {
         Ok(())
     }
 
-    /// Moves `range`, which is free, to the allocated ones.
-    fn take(&mut self, range: IovaRange) {
-        self.free.cut(range);
-        // Inserted as it is, not merged with its neighbours: it is freed on its own.
-        self.allocated.0.insert(range.first, range.last);
+    /// Moves `range` to the allocated ones, if all of it is free.
+    fn take(&mut self, range: IovaRange) -> bool {
+        let is_free = self.free.cut(range);
+        if is_free {
+            // Inserted as it is, not merged with its neighbours: it is freed on its own.
+            self.allocated.add(range);
+        }
+        is_free
     }
 
     #[cold]
@@ -160,10 +155,13 @@ impl IovaAllocator {
     }
 }
 
-/// Ranges that do not overlap, from first to last address. None holds the very first page of the space, so
-/// that the size of each fits a `u64`.
+/// Ranges that do not overlap, in ascending order. None holds the very first page of the space, so that the size of each fits
+/// a `u64`.
+///
+/// A list, since the kernel lets a process have some 2^16 mappings, and they mostly come one behind the other: then nothing
+/// moves in it.
 #[derive(Debug, Default)]
-struct Ranges(BTreeMap<Iova, Iova>);
+struct Ranges(Vec<IovaRange>);
 
 impl Ranges {
     /// What can be handed out of `ranges`, merged.
@@ -180,65 +178,77 @@ impl Ranges {
                 _ => merged.push(range),
             }
         }
-        Self(merged.into_iter().map(|range| (range.first, range.last)).collect())
+        Self(merged)
     }
 
     /// All of them, in ascending order.
     fn iter(&self) -> impl Iterator<Item = IovaRange> {
-        self.0.iter().map(|(&first, &last)| IovaRange { first, last })
+        self.0.iter().copied()
     }
 
-    /// The range that starts at `first`.
-    fn get(&self, first: Iova) -> Option<IovaRange> {
-        self.0.get(&first).map(|&last| IovaRange { first, last })
+    /// The index of the first one that does not end before `iova`.
+    fn find(&self, iova: Iova) -> usize {
+        self.0.partition_point(|range| range.last < iova)
     }
 
-    fn remove(&mut self, first: Iova) {
-        self.0.remove(&first);
-    }
-
-    /// The range that holds all of `range`.
-    fn holder(&self, range: &IovaRange) -> Option<IovaRange> {
-        let (&first, &last) = self.0.range(..=range.first).next_back()?;
-        Some(IovaRange { first, last }).filter(|holder| holder.contains(range))
-    }
-
+    /// Whether one of them holds all of `range`.
     fn holds(&self, range: &IovaRange) -> bool {
-        self.holder(range).is_some()
+        self.0.get(self.find(range.first)).is_some_and(|holder| holder.contains(range))
     }
 
-    /// Takes `range` out of the one that holds it; what is left of that on either side stays.
-    fn cut(&mut self, range: IovaRange) {
-        let Some(holder) = self.holder(&range) else { return };
-        self.remove(holder.first);
-        if holder.first < range.first {
-            self.0.insert(holder.first, Iova::new(range.first.get() - 1));
+    /// Adds `range`, which overlaps none.
+    fn add(&mut self, range: IovaRange) {
+        self.0.insert(self.find(range.first), range);
+    }
+
+    /// Takes exactly `range` out, if it is one of them.
+    fn remove(&mut self, range: IovaRange) -> bool {
+        let at = self.find(range.first);
+        let is_there = self.0.get(at) == Some(&range);
+        if is_there {
+            self.0.remove(at);
         }
-        if range.last < holder.last {
-            self.0.insert(Iova::new(range.last.get() + 1), holder.last);
+        is_there
+    }
+
+    /// Takes `range` out of the one that holds it, if there is one; what is left of that on either side stays.
+    fn cut(&mut self, range: IovaRange) -> bool {
+        let at = self.find(range.first);
+        let Some(holder) = self.0.get_mut(at).filter(|holder| holder.contains(&range)) else { return false };
+        let before = (holder.first < range.first)
+            .then(|| IovaRange { first: holder.first, last: Iova::new(range.first.get() - 1) });
+        let after = (range.last < holder.last)
+            .then(|| IovaRange { first: Iova::new(range.last.get() + 1), last: holder.last });
+        match (before, after) {
+            (None, None) => drop(self.0.remove(at)),
+            (Some(left), None) | (None, Some(left)) => *holder = left,
+            (Some(before), Some(after)) => {
+                *holder = after;
+                self.0.insert(at, before);
+            }
         }
+        true
     }
 
     /// Adds `range`, which overlaps none, and merges it with those that it touches.
-    fn insert(&mut self, mut range: IovaRange) {
-        let before = self.0.range(..range.first).next_back().map(|(&first, &last)| (first, last));
-        if let Some((first, last)) = before
-            && last.checked_add(1) == Some(range.first)
-        {
-            self.0.remove(&first);
-            range.first = first;
+    fn merge(&mut self, range: IovaRange) {
+        let at = self.find(range.first);
+        let touch = |before: IovaRange, after: IovaRange| before.last.checked_add(1) == Some(after.first);
+        let before = at.checked_sub(1).filter(|&before| touch(self.0[before], range));
+        let touches_after = self.0.get(at).is_some_and(|&after| touch(range, after));
+        match (before, touches_after) {
+            (Some(before), true) => self.0[before].last = self.0.remove(at).last,
+            (Some(before), false) => self.0[before].last = range.last,
+            (None, true) => self.0[at].first = range.first,
+            (None, false) => self.0.insert(at, range),
         }
-        if let Some(last) = range.last.checked_add(1).and_then(|next| self.0.remove(&next)) {
-            range.last = last;
-        }
-        self.0.insert(range.first, range.last);
     }
 
     /// The addresses in both.
     fn intersection(&self, other: &Self) -> Self {
         let pairs =
             self.iter().flat_map(|ours| other.iter().filter_map(move |theirs| ours.intersection(&theirs)));
-        Self(pairs.map(|range| (range.first, range.last)).collect())
+        Self(pairs.collect())
     }
 }
 

@@ -1,13 +1,12 @@
 //! An address space of the kernel's, and what is attached to it.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::hwpt::{PageTable, PageTables};
 use super::{Device, Iommufd, Object, calls, insist, refusal, uapi};
 use crate::{
     Access, Attachable, AttachableKind, AttachmentOps, Capabilities, Error, ErrorKind, Fault, IoasOps, Iova,
-    IovaRange, PageSize, Pasid, Region, RegionId, Result,
+    IovaRange, PageSize, Pasid, Region, Result,
 };
 
 /// An IOAS.
@@ -15,15 +14,8 @@ use crate::{
 pub(super) struct KernelIoas {
     object: Arc<Object>,
     tables: PageTables,
-    state: Mutex<State>,
-}
-
-#[derive(Debug, Default)]
-struct State {
     /// As the kernel said after the last attachment.
-    usable: Vec<IovaRange>,
-    /// Which region is where.
-    regions: HashMap<Iova, RegionId>,
+    usable: Mutex<Vec<IovaRange>>,
 }
 
 impl KernelIoas {
@@ -39,7 +31,7 @@ impl KernelIoas {
             calls::ioas_allow_iovas(object.fd(), id, &options.required_iovas)
                 .map_err(refusal::required_iovas)?;
         }
-        let this = Self { object: Arc::new(object), tables: PageTables::default(), state: Mutex::default() };
+        let this = Self { object: Arc::new(object), tables: PageTables::default(), usable: Mutex::default() };
         this.ask_for_usable_iovas()?;
         Ok(this)
     }
@@ -48,16 +40,16 @@ impl KernelIoas {
         &self.object.iommufd
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Each change is one call, so a poisoned lock holds a sound state.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn usable(&self) -> MutexGuard<'_, Vec<IovaRange>> {
+        // A change is one assignment, so a poisoned lock holds sound ranges.
+        self.usable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ask_for_usable_iovas(&self) -> Result<()> {
         let ranges = calls::ioas_iova_ranges(self.object.fd(), self.object.id).map_err(|error| {
             Error::os("ask for the addresses that devices can use", "the kernel refuses", error)
         })?;
-        self.state().usable = ranges;
+        *self.usable() = ranges;
         Ok(())
     }
 
@@ -141,33 +133,19 @@ impl IoasOps for KernelIoas {
     }
 
     fn usable_iovas(&self) -> Vec<IovaRange> {
-        self.state().usable.clone()
+        self.usable().clone()
     }
 
     fn map(&self, iova: Iova, region: &Arc<Region>, access: Access) -> Result<()> {
         let fd = self.object.fd();
-        self.iommufd().pinned().map(fd, (self.object.id, iova), region, access)?;
-        self.state().regions.insert(iova, region.id());
-        Ok(())
+        self.iommufd().pinned().map(fd, (self.object.id, iova), region, access)
     }
 
-    fn unmap(&self, iova: Iova, len: u64) -> Result<()> {
-        let region = self.state().regions.get(&iova).copied().ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                format!("unmap {len} bytes at {iova}"),
-                "nothing was mapped there",
-            )
-            .mend("unmap exactly what was mapped")
-        })?;
+    fn unmap(&self, iova: Iova, region: &Region) -> Result<()> {
         let place = (self.object.id, iova);
         // What could not be unmapped may be reached and copied from: then neither it nor its id goes.
-        self.iommufd()
-            .pinned()
-            .unmap(self.object.fd(), place, region, len)
-            .inspect_err(|_| self.object.keep())?;
-        self.state().regions.remove(&iova);
-        Ok(())
+        let unmapped = self.iommufd().pinned().unmap(self.object.fd(), place, region);
+        unmapped.inspect_err(|_| self.object.keep())
     }
 }
 

@@ -4,7 +4,6 @@
 //! or not, by what the first mapping asks for, and refuses a writable copy of the latter. So a region whose first mapping is
 //! only to be read is mapped, writable, in an address space that no device is ever attached to, and copied from there.
 
-use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,9 +18,9 @@ type Place = (u32, Iova);
 /// Every region that is mapped through one iommufd.
 #[derive(Debug, Default)]
 pub(super) struct Pinned {
-    /// Those that were ever mapped; ids are few, and used again. The inner lock is held while the kernel works on the
+    /// By [`RegionId::index`], as far as regions were ever mapped. The inner lock is held while the kernel works on the
     /// region, so that what is copied from stays.
-    regions: Mutex<HashMap<RegionId, Arc<Mutex<Mapped>>>>,
+    regions: Mutex<Vec<Arc<Mutex<Mapped>>>>,
     /// The address space without devices, once one was needed.
     aside: Mutex<Option<u32>>,
     /// Bytes of all regions that are mapped somewhere.
@@ -50,7 +49,11 @@ impl Pinned {
     }
 
     fn region(&self, id: RegionId) -> Arc<Mutex<Mapped>> {
-        Arc::clone(lock(&self.regions).entry(id).or_default())
+        let mut regions = lock(&self.regions);
+        if regions.len() <= id.index() {
+            regions.resize_with(id.index() + 1, Arc::default);
+        }
+        Arc::clone(&regions[id.index()])
     }
 
     /// Maps `region` at `to`.
@@ -82,9 +85,9 @@ impl Pinned {
         Ok(())
     }
 
-    /// Undoes [`map`](Self::map) of the region `id`, which is `len` bytes long, at `place`.
-    pub(super) fn unmap(&self, fd: &IommuFd, place: Place, id: RegionId, len: u64) -> Result<()> {
-        let entry = self.region(id);
+    /// Undoes [`map`](Self::map) of `region` at `place`.
+    pub(super) fn unmap(&self, fd: &IommuFd, place: Place, region: &Region) -> Result<()> {
+        let (entry, len) = (self.region(region.id()), region.len());
         let mut mapped = lock(&entry);
         unmap_exactly(fd, place, len)?;
         mapped.places.retain(|other| *other != place);

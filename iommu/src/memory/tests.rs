@@ -46,17 +46,17 @@ fn the_sizes_of_page_to_try() {
         (2 * MIB, &[Size2M]),
         (2 * MIB + 1, &[]),
         (3 * MIB, &[]),
-        // 16 MiB is 16/9 MiB more than 128/9 MiB: an eighth of it.
-        (128 * MIB / 9, &[]),
-        (128 * MIB / 9 + 1, &[Size2M]),
-        (15 * MIB, &[Size2M]),
-        (17 * MIB, &[Size2M]),
+        // 8 MiB is 8/5 MiB more than 32/5 MiB: a quarter of it.
+        (32 * MIB / 5, &[]),
+        (32 * MIB / 5 + 1, &[Size2M]),
+        (7 * MIB, &[Size2M]),
+        (9 * MIB, &[Size2M]),
         (GIB - 1, &[Size2M]),
         (GIB, &[Size1G, Size2M]),
         (GIB + 1, &[Size2M]),
-        (7 * GIB + 1, &[Size2M]),
-        (8 * GIB, &[Size1G, Size2M]),
-        (8 * GIB + 1, &[Size1G, Size2M]),
+        (3 * GIB + 1, &[Size2M]),
+        (4 * GIB, &[Size1G, Size2M]),
+        (4 * GIB + 1, &[Size1G, Size2M]),
         (u64::MAX, &[]),
     ];
     for (len, expected) in table {

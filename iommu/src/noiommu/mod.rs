@@ -107,7 +107,7 @@ impl IoasOps for Space {
         ))
     }
 
-    fn unmap(&self, _iova: Iova, _len: u64) -> Result<()> {
+    fn unmap(&self, _iova: Iova, _region: &Region) -> Result<()> {
         Ok(())
     }
 }

@@ -225,7 +225,8 @@ impl IoasOps for SoftIoas {
         result
     }
 
-    fn unmap(&self, iova: Iova, len: u64) -> Result<()> {
+    fn unmap(&self, iova: Iova, region: &Region) -> Result<()> {
+        let len = region.len();
         let unmapped = self.domain.table.unmap(iova, len);
         if let Some(leases) = &self.domain.leases {
             leases.clear(iova, len);

@@ -198,11 +198,11 @@ impl IoasOps for Space {
         Ok(())
     }
 
-    fn unmap(&self, iova: Iova, len: u64) -> Result<()> {
+    fn unmap(&self, iova: Iova, region: &Region) -> Result<()> {
         let mut state = self.0.state();
         state.mappings.remove(&iova);
         // All of them, whatever one says.
-        state.groups.iter().map(|(group, _)| unmap(group, iova, len)).fold(Ok(()), Result::and)
+        state.groups.iter().map(|(group, _)| unmap(group, iova, region.len())).fold(Ok(()), Result::and)
     }
 }
 

@@ -31,7 +31,7 @@ impl IoasOps for Physical {
         unreachable!("pages are where they are")
     }
 
-    fn unmap(&self, _: Iova, _: u64) -> Result<()> {
+    fn unmap(&self, _: Iova, _: &Region) -> Result<()> {
         unreachable!("pages are where they are")
     }
 
