@@ -370,7 +370,7 @@ fn bad_input_is_one_line_and_the_right_status() {
         // What the machine can not do.
         (&missing, 1, "/nowhere/at/all.pcap"),
         (&twice, 1, "another port or program uses it"),
-        ("--port 3b:00.0", 1, "soft:"),
+        ("--port fffe:ff:1f.7", 1, "underpass devices"),
         ("--pcap /nowhere/at/all.pcap", 1, "/nowhere/at/all.pcap"),
         (&dir, 1, "directory"),
     ] {

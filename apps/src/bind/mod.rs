@@ -97,7 +97,7 @@ impl Device {
                     Class::Port => "forward --port",
                     Class::Accelerator => "copy --device",
                 };
-                let trust = if device.group_is_noiommu() { " --allow-unsafe-noiommu" } else { "" };
+                let trust = if device.is_unprotected() { " --allow-unsafe-noiommu" } else { "" };
                 format!("{} {command} {}{trust}", crate::command_name(), device.address())
             }),
         }
