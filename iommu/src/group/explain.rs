@@ -152,7 +152,7 @@ struct Member {
 
 /// Whether a driver does no DMA by the kernel's own API, so that its device may be in a group with one of user space's: one of
 /// VFIO's (vfio-pci, `mlx5_vfio_pci` and the like), or another with `driver_managed_dma` (PCI drivers of Linux 7.3).
-pub(crate) fn leaves_dma_alone(driver: &str) -> bool {
+pub fn leaves_dma_alone(driver: &str) -> bool {
     matches!(driver, "pcieport" | "pci-stub") || driver.contains("vfio")
 }
 

@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use rustix::fs::{Mode, OFlags};
 use vfio_bindings::bindings::vfio;
 
-pub(crate) use self::explain::leaves_dma_alone;
+pub use self::explain::leaves_dma_alone;
 use crate::{Attachable, AttachableKind, Error, ErrorKind, Result};
 
 /// Where the kernel has groups and containers.

@@ -1,11 +1,9 @@
 //! Which devices an IOMMU can not tell apart, and what that means for one of them.
 
+use underpass_iommu::group::leaves_dma_alone;
+
 use super::{HostDevice, VFIO_PCI, link_name, names};
 use crate::pci::PciAddress;
-
-/// Drivers that do no DMA of their own, and so may keep their device while VFIO has another one of the group (those
-/// with `driver_managed_dma` that are not VFIO's, Linux 7.3).
-const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
 
 /// A device of an IOMMU group.
 #[derive(Debug, Clone)]
@@ -34,8 +32,7 @@ impl Member {
 
     /// Whether no other device of its group can be given to user space while it keeps its driver.
     pub fn is_in_the_way(&self) -> bool {
-        let is_harmless = |driver: &str| HARMLESS.contains(&driver);
-        !self.is_vfio && self.driver().is_some_and(|driver| !is_harmless(driver))
+        !self.is_vfio && self.driver().is_some_and(|driver| !leaves_dma_alone(driver))
     }
 
     /// Whether it can be given to user space at all.
