@@ -26,3 +26,11 @@ WRAP(read, RWLOCK_READ, )
 WRAP(write, RWLOCK_WRITE, )
 /* Whoever finds it done sees what came before; what its closure writes is in tsan.supp. */
 WRAP(once, ONCE_CALL, __tsan_release(lock))
+/* The second argument is the mutex, which is given up and held again out of line. */
+void real_wait(word, word, word, word) __asm__("__real_" CONDVAR_WAIT);
+void wrap_wait(word, word, word, word) __asm__("__wrap_" CONDVAR_WAIT);
+void wrap_wait(word condvar, word mutex, word b, word c) {
+    __tsan_release(mutex);
+    real_wait(condvar, mutex, b, c);
+    __tsan_acquire(mutex);
+}
